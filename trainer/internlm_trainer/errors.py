@@ -1,0 +1,9 @@
+"""Errors that are the user's to mend."""
+
+
+class UserError(ValueError):
+    """A mistake in what the user gave: one sentence with the field or file, what is wrong and what to do.
+
+    The command line prints it without a traceback; on a cluster it ends the job at once, since a restart would
+    fail the same way.
+    """
