@@ -1,0 +1,206 @@
+"""The control plane of a test cluster: etcd, API server, controller manager, scheduler, and MinIO beside them."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import ssl
+import subprocess
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from cluster.pki import Authority
+from cluster.state import State
+
+API_PORT = 6443
+S3_PORT = 9000
+BUCKET = "internlm"
+# Gang scheduling by PodGroup is native, but not yet on by default.
+FEATURES = "--feature-gates=GenericWorkload=true"
+
+
+@dataclass(frozen=True)
+class S3:
+    """An S3 endpoint with path-style addressing, reachable from pods and from this machine."""
+
+    endpoint: str
+    access_key: str
+    secret_key: str
+    bucket: str
+
+    def environment(self) -> dict[str, str]:
+        """The variables that botocore, s3fs and the AWS command line read."""
+        return {
+            "AWS_ENDPOINT_URL": self.endpoint,
+            "AWS_ACCESS_KEY_ID": self.access_key,
+            "AWS_SECRET_ACCESS_KEY": self.secret_key,
+            "AWS_DEFAULT_REGION": "us-east-1",
+        }
+
+
+class ControlPlane:
+    """Starts the components into a State; `prefix` puts a command into the cluster's network namespace."""
+
+    def __init__(self, state: State, programs: dict[str, Path], prefix: list[str]) -> None:
+        self.state = state
+        self.programs = programs
+        self.prefix = prefix
+        self.authority = Authority(state.root / "pki")
+        self.server = f"https://{state.address}:{API_PORT}"
+        self.etcd = f"http://{'127.0.0.1' if state.nodes else state.address}:2379"
+
+    def create_identities(self) -> None:
+        self.authority.create(self.state.address, service_address(self.state, 1))
+        self.authority.identity("kubelet-client", "kube-apiserver-kubelet-client", "system:masters")
+        self.add_identity("admin", "admin", "system:masters")
+        self.add_identity("controller-manager", "system:kube-controller-manager")
+        self.add_identity("scheduler", "system:kube-scheduler")
+
+    def add_identity(self, name: str, user: str, group: str = "") -> Path:
+        """Make a kubeconfig for this user of the API server."""
+        return self.authority.kubeconfig(self.kubeconfig(name), self.server, name, user, group)
+
+    def kubeconfig(self, name: str) -> Path:
+        return self.state.root / "kubeconfig" / name
+
+    def start(self) -> None:
+        """Start everything and return once the API server answers; the rest follows within a second or two."""
+        self.start_s3()
+        self._kubernetes(
+            "etcd",
+            f"-data-dir={self.state.root / 'etcd'}",
+            f"-client-url={self.etcd}",
+            f"-peer-url={self.etcd.replace('2379', '2380')}",
+        )
+        self._start_apiserver()
+        self.wait_ready()
+        self._kubernetes(
+            "kube-controller-manager",
+            f"--kubeconfig={self.kubeconfig('controller-manager')}",
+            f"--root-ca-file={self.authority.certificate}",
+            f"--service-account-private-key-file={self.authority.folder / 'tokens.key'}",
+            "--use-service-account-credentials",
+            "--leader-elect=false",
+            "--secure-port=0",
+            # Tests of lost nodes should not wait out production's 50 seconds. Kubelets report every 2 seconds.
+            "--node-monitor-period=1s",
+            "--node-monitor-grace-period=10s",
+            FEATURES,
+        )
+        self._kubernetes(
+            "kube-scheduler",
+            f"--kubeconfig={self.kubeconfig('scheduler')}",
+            "--leader-elect=false",
+            "--secure-port=0",
+            FEATURES,
+        )
+
+    def _start_apiserver(self) -> None:
+        pki, address = self.authority.folder, self.state.address
+        if self.state.nodes:
+            endpoint = [f"--advertise-address={address}"]
+        else:
+            # Endpoints refuse loopback addresses; without nodes nobody would use them anyway.
+            endpoint = ["--advertise-address=192.0.2.1", "--endpoint-reconciler-type=none"]
+        self._kubernetes(
+            "kube-apiserver",
+            f"--etcd-servers={self.etcd}",
+            f"--bind-address={address}",
+            f"--secure-port={API_PORT}",
+            *endpoint,
+            f"--service-cluster-ip-range={self.state.network}.128.0/17",
+            f"--tls-cert-file={pki / 'apiserver.crt'}",
+            f"--tls-private-key-file={pki / 'apiserver.key'}",
+            f"--client-ca-file={self.authority.certificate}",
+            f"--kubelet-client-certificate={pki / 'kubelet-client.crt'}",
+            f"--kubelet-client-key={pki / 'kubelet-client.key'}",
+            "--kubelet-preferred-address-types=InternalIP",
+            "--service-account-issuer=https://kubernetes.default.svc.cluster.local",
+            f"--service-account-key-file={pki / 'tokens.key'}",
+            f"--service-account-signing-key-file={pki / 'tokens.key'}",
+            "--authorization-mode=Node,RBAC",
+            "--enable-admission-plugins=NodeRestriction",  # PodSecurity is on by default
+            "--allow-privileged",
+            "--runtime-config=scheduling.k8s.io/v1beta1=true",
+            FEATURES,
+        )
+
+    def start_s3(self) -> None:
+        state, address = self.state, f"{self.state.address}:{S3_PORT}"
+        s3 = S3(f"http://{address}", secrets.token_hex(8), secrets.token_urlsafe(24), BUCKET)
+        for file, text in {
+            "s3.json": json.dumps(s3.__dict__),
+            "s3.env": "".join(f"export {key}={value}\n" for key, value in s3.environment().items()),
+        }.items():
+            (state.root / file).touch(mode=0o600)
+            (state.root / file).write_text(text)
+        # MinIO takes each folder of its drive for a bucket.
+        (state.root / "s3" / BUCKET).mkdir(parents=True)
+        state.start(
+            "minio",
+            [*self.prefix, self.programs["minio"], "server", "--quiet", "--address", address]
+            + ["--console-address", f"{state.address}:{S3_PORT + 1}", state.root / "s3"],
+            {
+                "MINIO_ROOT_USER": s3.access_key,
+                "MINIO_ROOT_PASSWORD": s3.secret_key,
+                "MINIO_BROWSER": "off",
+                "MINIO_UPDATE": "off",
+            },
+        )
+
+    def _kubernetes(self, program: str, *flags: str) -> None:
+        self.state.start(program, [*self.prefix, self.programs["kubernetes"], program, *flags])
+
+    def wait_ready(self, timeout: float = 60) -> None:
+        certificate, key = self.authority.identity("admin", "admin", "system:masters")
+        context = ssl.create_default_context(cafile=str(self.authority.certificate))
+        context.load_cert_chain(certificate, key)
+        # Straight to the address: an HTTP proxy of the developer's does not know it.
+        opener = urllib.request.build_opener(
+            urllib.request.ProxyHandler({}), urllib.request.HTTPSHandler(context=context)
+        )
+
+        def ready() -> bool:
+            for name in ("etcd", "kube-apiserver"):
+                if not self.state.daemons[name].alive():
+                    raise RuntimeError(f"{name} ended:\n{self.state.tail(name)}")
+            try:
+                with opener.open(f"{self.server}/readyz", timeout=5) as answer:
+                    return bool(answer.status == 200)
+            except (urllib.error.URLError, OSError):
+                return False
+
+        wait_until(ready, "the API server to be ready", timeout, interval=0.05)
+
+    def kubectl(self, *arguments: str, input: str | None = None, check: bool = True) -> str:
+        """Run kubectl as admin; returns its standard output, RuntimeError with its standard error on failure."""
+        environment = {key: value for key, value in os.environ.items() if "proxy" not in key.lower()}
+        environment |= {"KUBECONFIG": str(self.kubeconfig("admin"))}
+        done = subprocess.run(
+            [str(self.programs["kubernetes"]), "kubectl", *arguments],
+            input=input,
+            env=environment,
+            capture_output=True,
+            text=True,
+        )
+        if check and done.returncode:
+            raise RuntimeError(f"kubectl {' '.join(arguments)}: {done.stderr.strip()}")
+        return done.stdout
+
+
+def service_address(state: State, index: int) -> str:
+    return f"{state.network}.128.{index}"
+
+
+def wait_until(condition: Callable[[], object], what: str, timeout: float, interval: float = 0.2) -> None:
+    """Poll until the condition holds; TimeoutError that says what was waited for."""
+    deadline = time.monotonic() + timeout
+    while not condition():
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"waited {timeout:.0f} s for {what}")
+        time.sleep(interval)

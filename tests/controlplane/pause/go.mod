@@ -1,0 +1,3 @@
+module internlm.test/pause
+
+go 1.26.0
