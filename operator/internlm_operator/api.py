@@ -87,7 +87,13 @@ class JobSpec(TrainSpec):
 Phase = Literal["Pending", "Starting", "Running", "Restarting", "Suspending", "Suspended", "Succeeded", "Failed"]
 
 
-class Condition(BaseModel):
+class StatusPart(BaseModel):
+    """Base of the parts of the status: camelCase, written by the operator alone."""
+
+    model_config = Spec.model_config | {"extra": "ignore", "strict": False}
+
+
+class Condition(StatusPart):
     """A Kubernetes condition (metav1.Condition)."""
 
     type: str
@@ -102,12 +108,6 @@ class Condition(BaseModel):
     """When `status` last changed."""
     observed_generation: int = 0
     """The generation of the spec that this was decided on."""
-
-
-class StatusPart(BaseModel):
-    """Base of the parts of the status: camelCase, written by the operator alone."""
-
-    model_config = Spec.model_config | {"extra": "ignore", "strict": False}
 
 
 class Workers(StatusPart):
