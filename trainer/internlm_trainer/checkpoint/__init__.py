@@ -1,0 +1,24 @@
+"""Sharded checkpoints in any store that fsspec knows: committed by a manifest, loaded into any layout."""
+
+from internlm_trainer.checkpoint.errors import BadCheckpoint, SaveFailed, StorageUnavailable
+from internlm_trainer.checkpoint.format import ShardEntry, step_name
+from internlm_trainer.checkpoint.resume import Alone, Collective, check_store, newest_good
+from internlm_trainer.checkpoint.store import Checkpoint, CheckpointStore, CommittedCheckpoint
+from internlm_trainer.checkpoint.tensors import Piece, Want
+
+__all__ = [
+    "Alone",
+    "BadCheckpoint",
+    "Checkpoint",
+    "CheckpointStore",
+    "Collective",
+    "CommittedCheckpoint",
+    "Piece",
+    "SaveFailed",
+    "ShardEntry",
+    "StorageUnavailable",
+    "Want",
+    "check_store",
+    "newest_good",
+    "step_name",
+]
