@@ -227,8 +227,7 @@ class CheckpointStore:
         if different:
             raise UserError(
                 f"checkpoint.path: {self.url} holds checkpoints of another model ({name}): "
-                f"{', '.join(different)}; give this model a folder of its own, or the spec of the one that is "
-                "there"
+                f"{', '.join(different)}; give this model a folder of its own, or the shape that is there"
             )
 
     def check_writable(self) -> None:
@@ -370,8 +369,8 @@ class Checkpoint:
         if held is None:
             raise UserError(
                 f"checkpoint {self.name} holds no {want.kind} of {want.parameter}, only "
-                f"{', '.join(self.index.kinds)}: it was saved with another optimizer; go on with that one, or "
-                "start in another folder"
+                f"{', '.join(self.index.kinds)}: it was saved with another optimizer; go on with that "
+                "one, or start in another folder"
             )
         if held != dtype_name(want.out):
             raise UserError(

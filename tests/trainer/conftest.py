@@ -1,0 +1,220 @@
+"""What tests of the trainer share: a real S3 server, and a proxy in front of it that answers errors."""
+
+from __future__ import annotations
+
+import http.client
+import os
+import secrets
+import socket
+import subprocess
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from threading import Lock, Thread
+from typing import ClassVar
+
+import botocore.session
+import pytest
+from s3fs import S3FileSystem
+
+from cluster import binaries
+
+
+@dataclass(frozen=True)
+class Minio:
+    """A running MinIO, and how to get in."""
+
+    endpoint: str
+    access_key: str
+    secret_key: str
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """What a process needs in its environment to use `s3://` URLs here."""
+        return {
+            "AWS_ENDPOINT_URL": self.endpoint,
+            "AWS_ACCESS_KEY_ID": self.access_key,
+            "AWS_SECRET_ACCESS_KEY": self.secret_key,
+            "AWS_REGION": "us-east-1",
+            "AWS_EC2_METADATA_DISABLED": "true",
+        }
+
+    def bucket(self) -> str:
+        """URL of a new, empty bucket."""
+        name = f"test-{secrets.token_hex(8)}"
+        session = botocore.session.get_session()
+        client = session.create_client(
+            "s3",
+            region_name="us-east-1",
+            endpoint_url=self.endpoint,
+            aws_access_key_id=self.access_key,
+            aws_secret_access_key=self.secret_key,
+        )
+        client.create_bucket(Bucket=name)
+        client.close()
+        return f"s3://{name}"
+
+
+@pytest.fixture(scope="session")
+def minio_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Minio]:
+    """One MinIO for the session; skips where its program is not there and cannot be built."""
+    try:
+        program = binaries.ensure(["minio"], print)["minio"]
+    except RuntimeError as error:
+        pytest.skip(f"no S3 server: {error}")
+    folder = tmp_path_factory.mktemp("minio")
+    key, secret = secrets.token_hex(8), secrets.token_hex(16)
+    for _ in range(5):  # another process may take the port between its choice and its use
+        port = _free_port()
+        with (folder / "log").open("wb") as log:
+            process = subprocess.Popen(
+                [program, "server", folder / "data", "--address", f"127.0.0.1:{port}", "--quiet"],
+                env=os.environ
+                | {
+                    "MINIO_ROOT_USER": key,
+                    "MINIO_ROOT_PASSWORD": secret,
+                    "MINIO_BROWSER": "off",
+                    "MINIO_UPDATE": "off",
+                    "HOME": str(folder),
+                },
+                stdout=log,
+                stderr=subprocess.STDOUT,
+            )
+        server = Minio(f"http://127.0.0.1:{port}", key, secret)
+        try:
+            if _is_ready(process, server.endpoint):
+                yield server
+                return
+        finally:
+            process.kill()
+            process.wait()
+    pytest.fail(f"MinIO did not start:\n{(folder / 'log').read_text()}")
+
+
+def _is_ready(process: subprocess.Popen[bytes], endpoint: str) -> bool:
+    for _ in range(600):
+        if process.poll() is not None:
+            return False
+        try:
+            with urllib.request.urlopen(f"{endpoint}/minio/health/ready", timeout=5):
+                return True
+        except OSError:
+            time.sleep(0.1)
+    return False
+
+
+def _free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port: int = listener.getsockname()[1]
+        return port
+
+
+@pytest.fixture
+def minio(minio_server: Minio, monkeypatch: pytest.MonkeyPatch) -> Iterator[Minio]:
+    """MinIO with this process's environment set for it: `s3://` URLs work. `minio.bucket()` makes a bucket."""
+    for name in [name for name in os.environ if name.startswith("AWS_")]:
+        monkeypatch.delenv(name)
+    for name, value in minio_server.environment.items():
+        monkeypatch.setenv(name, value)
+    # fsspec keeps file systems, and so the environment that they were made in, for the whole process.
+    S3FileSystem.clear_instance_cache()
+    yield minio_server
+    S3FileSystem.clear_instance_cache()
+
+
+@dataclass
+class FaultProxy:
+    """Passes requests on to an S3 server, but for those that `fault` gives a status for.
+
+    `fault` is called with the method and the path (query included) of each request, one at a time; it may count.
+    `seen` lists "METHOD path status" of all answers.
+    """
+
+    endpoint: str
+    fault: Callable[[str, str], int | None] = lambda _method, _path: None
+    seen: list[str] = field(default_factory=list)
+
+
+@pytest.fixture
+def fault_proxy(minio: Minio, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultProxy]:
+    """MinIO behind a proxy that can answer errors; `s3://` URLs of this process go through it.
+
+    botocore's own retries are off, so that an error is seen at once.
+    """
+    host = minio.endpoint.removeprefix("http://")
+    proxy = FaultProxy("")
+    server = ThreadingHTTPServer(
+        ("127.0.0.1", 0), type("Handler", (_Handler,), {"proxy": proxy, "target": host})
+    )
+    proxy.endpoint = f"http://127.0.0.1:{server.server_port}"
+    monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+    thread = Thread(target=server.serve_forever)
+    thread.start()
+    yield proxy
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+class _Handler(BaseHTTPRequestHandler):
+    """One connection of the proxy. The Host header is part of what the client signed, so it is passed on."""
+
+    protocol_version = "HTTP/1.1"
+    lock: ClassVar[Lock] = Lock()
+    proxy: ClassVar[FaultProxy]
+    target: ClassVar[str]
+
+    def _forward(self) -> None:
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        with self.lock:
+            status = self.proxy.fault(self.command, self.path)
+        if status is not None:
+            content = (
+                f"<Error><Code>{'SlowDown' if status == 503 else 'InternalError'}</Code>"
+                "<Message>This error was made for a test.</Message></Error>"
+            ).encode()
+            self._answer(status, [("Content-Type", "application/xml")], content)
+            return
+        connection = http.client.HTTPConnection(self.target)
+        connection.putrequest(self.command, self.path, skip_host=True, skip_accept_encoding=True)
+        for name, value in self.headers.items():
+            if name.lower() not in ("expect", "connection"):
+                connection.putheader(name, value)
+        connection.endheaders(body)
+        answer = connection.getresponse()
+        headers = [
+            (n, v) for n, v in answer.getheaders() if n.lower() not in ("connection", "transfer-encoding")
+        ]
+        self._answer(answer.status, headers, answer.read())
+        connection.close()
+
+    do_GET = do_PUT = do_POST = do_DELETE = do_HEAD = _forward  # noqa: N815 - http.server's names
+
+    def _answer(self, status: int, headers: list[tuple[str, str]], content: bytes) -> None:
+        self.proxy.seen.append(f"{self.command} {self.path} {status}")
+        self.send_response(status)
+        for name, value in headers:
+            if name.lower() != "content-length" or self.command == "HEAD":
+                self.send_header(name, value)
+        if self.command != "HEAD":
+            self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(content)
+
+    def log_message(self, format: str, *args: object) -> None:
+        """Quiet: the test looks at `seen`."""
+
+
+@pytest.fixture(params=["local", "memory", "s3"])
+def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """A folder that is not there yet, in each kind of store."""
+    if request.param == "s3":
+        server: Minio = request.getfixturevalue("minio")
+        return f"{server.bucket()}/folder"
+    return str(tmp_path / "folder") if request.param == "local" else f"memory://{secrets.token_hex(8)}/folder"
