@@ -108,6 +108,7 @@ def write_whole(url: str) -> Iterator[IO[bytes]]:
             yield file
         except BaseException:
             file.discard()
+            file.closed = True  # or its finalizer would upload what is left of it
             raise
         file.close()
         file.commit()
