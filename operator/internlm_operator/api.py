@@ -7,6 +7,7 @@ what the operator reads.
 from __future__ import annotations
 
 import difflib
+import json
 import math
 import re
 from pathlib import Path
@@ -84,7 +85,9 @@ class JobSpec(TrainSpec):
         return self.nodes * self.processes_of_a_node
 
 
-Phase = Literal["Pending", "Starting", "Running", "Restarting", "Suspending", "Suspended", "Succeeded", "Failed"]
+Phase = Literal[
+    "Pending", "Starting", "Running", "Restarting", "Suspending", "Suspended", "Succeeded", "Failed"
+]
 
 
 class StatusPart(BaseModel):
@@ -195,6 +198,15 @@ class LastFailure(StatusPart):
     """When it failed."""
 
 
+class RecentRestarts(StatusPart):
+    """Gang restarts that happened close together; `recovery.windowSeconds` counts them from `time` on."""
+
+    time: str
+    """When the first of them happened."""
+    count: int
+    """How many there were."""
+
+
 class JobStatus(StatusPart):
     """What is true of the job, kept by the operator."""
 
@@ -217,6 +229,8 @@ class JobStatus(StatusPart):
     """The newest committed checkpoint."""
     restarts: int = 0
     """Gang restarts so far."""
+    recent_restarts: list[RecentRestarts] = []
+    """Those of the restarts that count towards `recovery.maxRestarts`, oldest first."""
     attempts: list[Attempt] = []
     """The last gangs, oldest first."""
     last_failure: LastFailure | None = None
@@ -242,6 +256,20 @@ TRANSITION_RULES = tuple(
 
 JOB_RULES: tuple[Rule, ...] = TRAINING_RULES
 
+NAME_PATTERN = "[a-z]([-a-z0-9]*[a-z0-9])?"
+NAME_RULES = (
+    {
+        "rule": f"self.metadata.name.matches('^{NAME_PATTERN}$')",
+        "message": "metadata.name: must be lower-case letters, digits and dashes, and start with a letter: "
+        "it becomes part of the pods' names",
+    },
+    {
+        "rule": f"self.metadata.name.size() <= {MAX_NAME_LENGTH}",
+        "message": f"metadata.name: must have at most {MAX_NAME_LENGTH} characters: "
+        "it becomes part of the pods' names",
+    },
+)
+
 
 class JobError(ValueError):
     """A job's description has mistakes; `sentences` has one for each, with the field's path."""
@@ -262,7 +290,30 @@ class Job(BaseModel):
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML as kubectl reads it: `4e-5` is a number, though YAML 1.1 and so PyYAML take it for text."""
+    """YAML as kubectl reads it, which is not quite as PyYAML does."""
+
+    # A date is text.
+    yaml_implicit_resolvers = {  # noqa: RUF012
+        first: [(tag, regexp) for tag, regexp in resolvers if tag != "tag:yaml.org,2002:timestamp"]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """A key given twice is a mistake, not a correction."""
+        keys = [
+            self.construct_object(key, deep=True)
+            for key, _ in node.value
+            if key.tag != "tag:yaml.org,2002:merge"
+        ]
+        for index, key in enumerate(keys):
+            if key in keys[:index]:
+                raise yaml.MarkedYAMLError(None, None, f"key {key!r} is given twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+    def construct_number(self, node: yaml.ScalarNode) -> float:
+        """`4e-5` is a number, though YAML 1.1 takes it for text; `2.0` is 2 and may stand where an integer must."""
+        number = float(self.construct_yaml_float(node))
+        return int(number) if number.is_integer() and abs(number) < 2**63 else number
 
 
 _Loader.add_implicit_resolver(
@@ -270,6 +321,7 @@ _Loader.add_implicit_resolver(
     re.compile(r"^[-+]?([0-9]+[.]?[0-9]*|[.][0-9]+)[eE][-+]?[0-9]+$"),
     list("-+0123456789."),
 )
+_Loader.add_constructor("tag:yaml.org,2002:float", _Loader.construct_number)
 
 
 def load_manifests(path: Path) -> list[dict[str, Any]]:
@@ -298,13 +350,10 @@ def parse_job(manifest: dict[str, Any]) -> Job:
         raise JobError([f"apiVersion: is {manifest.get('apiVersion')!r}; must be {API_VERSION}"])
     metadata = manifest.get("metadata")
     name = metadata.get("name") if isinstance(metadata, dict) else None
-    if not isinstance(name, str) or not re.fullmatch(r"[a-z]([-a-z0-9]*[a-z0-9])?", name):
-        raise JobError(
-            ["metadata.name: must be lower-case letters, digits and dashes, and start with a letter: it becomes part "
-             "of the pods' names"]
-        )  # fmt: skip
+    if not isinstance(name, str) or not re.fullmatch(NAME_PATTERN, name):
+        raise JobError([NAME_RULES[0]["message"]])
     if len(name) > MAX_NAME_LENGTH:
-        raise JobError([f"metadata.name: has {len(name)} characters; at most {MAX_NAME_LENGTH} fit a pod's name"])
+        raise JobError([NAME_RULES[1]["message"]])
     for key in manifest.keys() - {"apiVersion", "kind", "metadata", "spec", "status"}:
         raise JobError([f"{key}: unknown field"])
     spec = parse_spec(manifest.get("spec"))
@@ -316,8 +365,10 @@ def parse_spec(spec: object, world_size: int | None = None) -> JobSpec:
 
     Raises JobError with a sentence for each mistake.
     """
+    if spec is None:
+        raise JobError(["spec: Required value: it needs at least model, data, training and checkpoint"])
     if not isinstance(spec, dict):
-        raise JobError(["spec: is missing; it needs at least model, data, training and checkpoint"])
+        raise JobError([f"spec: Invalid value: {_shorten(spec)}: must be of type object"])
     try:
         job = JobSpec.model_validate(spec)
     except ValidationError as error:
@@ -326,6 +377,25 @@ def parse_spec(spec: object, world_size: int | None = None) -> JobSpec:
     if broken:
         raise JobError([f"spec.{rule.path}: {rule.message}" for rule in broken])
     return job
+
+
+# Pydantic's error types and the API server's words for them.
+_WORDS = {
+    "string_type": "must be of type string",
+    "int_type": "must be of type integer",
+    "int_from_float": "must be of type integer",
+    "float_type": "must be of type number",
+    "bool_type": "must be of type boolean",
+    "list_type": "must be of type array",
+    "dict_type": "must be of type object",
+    "model_type": "must be of type object",
+    "string_too_short": "should be at least {min_length} chars long",
+    "too_short": "should have at least {min_length} items",
+}
+_LIMITS = {
+    "string_too_long": "Too long: may not be more than {max_length} bytes",
+    "too_long": "Too many: {actual_length}: must have at most {max_length} items",
+}
 
 
 def _sentences(error: ValidationError) -> list[str]:
@@ -341,17 +411,21 @@ def _sentences(error: ValidationError) -> list[str]:
             case "missing":
                 text = "Required value"
             case "literal_error":
-                text = f"Unsupported value: {e['input']!r}: supported values: {context['expected']}"
+                options = ", ".join(re.findall("'([^']*)'", context["expected"])).replace(", ", '", "')
+                text = f'Unsupported value: {_shorten(e["input"])}: supported values: "{options}"'
             case "value_error":
                 text = str(context["error"])
-            case _:
-                text = f"Invalid value: {_shorten(e['input'])}: {e['msg'].removeprefix('Input ')}"
+            case limit if limit in _LIMITS:
+                text = _LIMITS[limit].format(**context)
+            case kind:
+                words = _WORDS.get(kind, e["msg"].removeprefix("Input ")).format(**context)
+                text = f"Invalid value: {_shorten(e['input'])}: {words}"
         sentences.append(f"{path}: {text}")
     return sentences
 
 
 def _shorten(value: object) -> str:
-    text = repr(value)
+    text = json.dumps(value, default=str, ensure_ascii=False)
     return text if len(text) <= 60 else text[:57] + "..."
 
 
