@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from internlm_trainer.config import TRAINING_RULES, Rule, Spec, TrainSpec, broken_rules
 from pydantic import BaseModel, Field, JsonValue, ValidationError
+
+from internlm_trainer.config import TRAINING_RULES, Rule, Spec, TrainSpec, broken_rules
 
 GROUP = "training.internlm.io"
 VERSION = "v1alpha1"
@@ -93,7 +94,13 @@ Phase = Literal[
 class StatusPart(BaseModel):
     """Base of the parts of the status: camelCase, written by the operator alone."""
 
-    model_config = Spec.model_config | {"extra": "ignore", "strict": False}
+    model_config = Spec.model_config | {
+        "extra": "ignore",
+        "strict": False,
+        "frozen": False,
+        "validate_by_name": True,
+        "validate_by_alias": True,
+    }
 
 
 class Condition(StatusPart):
@@ -311,7 +318,7 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
     def construct_number(self, node: yaml.ScalarNode) -> float:
-        """`4e-5` is a number, though YAML 1.1 takes it for text; `2.0` is 2 and may stand where an integer must."""
+        """`4e-5` is a number, though YAML 1.1 takes it for text; `2.0` is 2, also where an integer must be."""
         number = float(self.construct_yaml_float(node))
         return int(number) if number.is_integer() and abs(number) < 2**63 else number
 
@@ -330,7 +337,7 @@ def load_manifests(path: Path) -> list[dict[str, Any]]:
     Raises JobError for a file that cannot be read, is no YAML or holds no InternLMJob.
     """
     try:
-        documents = [d for d in yaml.load_all(path.read_text(), _Loader) if d is not None]  # noqa: S506
+        documents = [d for d in yaml.load_all(path.read_text(), _Loader) if d is not None]
     except (OSError, UnicodeDecodeError) as error:
         raise JobError([f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}"]) from error
     except yaml.YAMLError as error:
@@ -366,7 +373,7 @@ def parse_spec(spec: object, world_size: int | None = None) -> JobSpec:
     Raises JobError with a sentence for each mistake.
     """
     if spec is None:
-        raise JobError(["spec: Required value: it needs at least model, data, training and checkpoint"])
+        raise JobError(["spec: Required value"])
     if not isinstance(spec, dict):
         raise JobError([f"spec: Invalid value: {_shorten(spec)}: must be of type object"])
     try:

@@ -1,0 +1,266 @@
+"""Why a worker pod ended, and which of several ended pods is to blame.
+
+Pods are dicts as the API gives them.  What is read here: the trainer's own termination message, the container's
+exit code, the pod's DisruptionTarget condition, and that it is being deleted.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from typing import Any
+
+from internlm_operator.times import parse_time
+
+Pod = dict[str, Any]
+
+CONTAINER = "trainer"
+USER_ERROR = "UserError"
+MAX_MESSAGE = 1024
+
+# Ends that a trainer survives with a checkpoint: it was told to stop, nothing in it broke.
+PLANNED = frozenset(
+    {
+        "Stopped",
+        "PodDeleted",
+        "Evicted",
+        "Preempted",
+        "Terminated",
+        "NodeShutdown",
+        "PreemptionByScheduler",
+        "EvictionByEvictionAPI",
+        "TerminationByKubelet",
+        "DeletionByTaintManager",
+        "Suspended",
+    }
+)
+
+# What gloo, NCCL, TCPStore and torchrun say when the *other* side went away.
+_PEER_LOST = re.compile(
+    r"connection (was )?(closed|reset|refused|aborted)|reset by peer|closed by peer|broken pipe|socket closed"
+    r"|remote (process|peer)|peer (was )?(lost|gone|exited|unreachable)|ncclRemoteError|DistNetworkError"
+    r"|DistStoreError|failed to (connect|recv|send)|timed? ?out (waiting|after)|watchdog caught collective"
+    r"|SIGTERM|Signal 15|heartbeat",
+    re.IGNORECASE,
+)
+# torchrun's summary of the process that failed first.
+_TORCHRUN_EXIT = re.compile(r"exitcode\s*:\s*(-?\d+)")
+_EXCEPTION_LINE = re.compile(r"^(?:[\w.]+\.)?\w*(?:Error|Exception|Interrupt|Exit)\b.*$", re.MULTILINE)
+_REASON = re.compile(r"^[A-Za-z]([A-Za-z0-9_,:]*[A-Za-z0-9_])?$")
+
+
+@dataclass(frozen=True)
+class Termination:
+    """The trainer's termination message."""
+
+    reason: str
+    message: str
+    step: int | None
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why one pod is no longer a working part of the gang."""
+
+    reason: str
+    message: str
+    pod: str
+    index: int = 0
+    node: str = ""
+    exit_code: int | None = None
+    signal: int | None = None
+    time: datetime | None = None
+
+    @property
+    def peer_lost(self) -> bool:
+        """It ended since another worker did: somebody else's failure is the cause."""
+        return self.reason == "Error" and bool(_PEER_LOST.search(self.message))
+
+
+def index_of(pod: Pod) -> int:
+    """The worker's index, from its label."""
+    text = (pod["metadata"].get("labels") or {}).get("training.internlm.io/replica-index", "")
+    return int(text) if text.isdecimal() else -1
+
+
+def trainer_state(pod: Pod) -> dict[str, Any]:
+    """The `state` of the trainer's container: one of waiting, running, terminated; empty before the kubelet saw it."""
+    for status in (pod.get("status") or {}).get("containerStatuses") or []:
+        if status.get("name") == CONTAINER:
+            return status.get("state") or {}
+    return {}
+
+
+def is_terminating(pod: Pod) -> bool:
+    return bool(pod["metadata"].get("deletionTimestamp"))
+
+
+def is_over(pod: Pod) -> bool:
+    """No container of the pod runs any more."""
+    return (pod.get("status") or {}).get("phase") in ("Succeeded", "Failed")
+
+
+def is_running(pod: Pod) -> bool:
+    return "running" in trainer_state(pod) and not is_over(pod)
+
+
+def has_succeeded(pod: Pod) -> bool:
+    """The trainer of this pod finished its work."""
+    terminated = trainer_state(pod).get("terminated")
+    if terminated is not None:
+        return bool(terminated.get("exitCode") == 0)
+    return (pod.get("status") or {}).get("phase") == "Succeeded"
+
+
+def termination(pod: Pod) -> Termination | None:
+    """The trainer's own word on its end; None if it left none, and the message is the log's tail."""
+    terminated = trainer_state(pod).get("terminated") or {}
+    try:
+        content = json.loads(terminated.get("message") or "")
+    except ValueError:
+        return None
+    if not isinstance(content, dict) or not isinstance(content.get("reason"), str):
+        return None
+    step = content.get("step")
+    if isinstance(step, bool) or not isinstance(step, int) or not 0 <= step <= 2**53:
+        step = None
+    return Termination(_reason(content["reason"]), _shorten(content.get("message")), step)
+
+
+def failure_of(pod: Pod) -> Failure | None:
+    """Why the pod is lost to the gang; None while it works and after it finished well."""
+    if has_succeeded(pod):
+        return None
+    terminated = trainer_state(pod).get("terminated")
+    if terminated is not None:
+        return _ended_container(pod, terminated)
+    if is_over(pod) or is_terminating(pod):
+        return _ended_pod(pod)
+    return None
+
+
+def lost(name: str, index: int) -> Failure:
+    """The failure of a pod that is simply not there any more."""
+    return Failure("PodLost", f"Pod {name} vanished: it was deleted, or its node was.", name, index)
+
+
+def root_cause(failures: Iterable[Failure]) -> Failure | None:
+    """The failure that the others follow from; None if there is none.
+
+    A user's mistake comes first, since a restart would meet it again.  Then whoever failed of itself, earliest
+    first; a worker that only lost its peer is the cause only if nobody else is.
+    """
+    return min(failures, key=_blame, default=None)
+
+
+def _blame(failure: Failure) -> tuple[bool, bool, float, int]:
+    when = failure.time.timestamp() if failure.time else float("inf")
+    return failure.reason != USER_ERROR, failure.peer_lost, when, failure.index
+
+
+def _ended_container(pod: Pod, terminated: dict[str, Any]) -> Failure:
+    code = terminated.get("exitCode")
+    signal = code - 128 if isinstance(code, int) and 128 < code <= 192 else None
+    time = parse_time(terminated.get("finishedAt"))
+    word = termination(pod)
+    outside = _disruption(pod)
+    if word is not None and word.reason == USER_ERROR:
+        return _failure(pod, USER_ERROR, word.message, code, None, time)
+    if outside is not None:
+        return _failure(pod, *outside, code, signal, time)
+    if terminated.get("reason") == "OOMKilled":
+        text = "The container used more memory than its limit and was killed."
+        return _failure(pod, "OOMKilled", text, code, 9, time)
+    if word is not None:
+        return _failure(pod, word.reason, word.message or "The trainer gave no reason.", code, signal, time)
+    if is_terminating(pod):
+        return _failure(pod, *_deleted(pod), code, signal, time)
+    text = terminated.get("message") or ""
+    inner = _TORCHRUN_EXIT.search(text)
+    if inner and int(inner[1]) < 0:
+        signal = -int(inner[1])
+    if signal is not None:
+        return _failure(pod, "Killed", f"A training process was ended by signal {signal}.", code, signal, time)
+    reason = terminated.get("reason") or "Error"
+    said = _last_words(text) or f"The container ended with exit code {code} and no message."
+    return _failure(pod, reason, said, code, None, time)
+
+
+def _ended_pod(pod: Pod) -> Failure:
+    """The end of a pod whose trainer left no exit code: it never started, or runs on until its grace is over."""
+    outside = _disruption(pod)
+    if outside is not None:
+        return _failure(pod, *outside)
+    if is_terminating(pod):
+        return _failure(pod, *_deleted(pod))
+    status = pod.get("status") or {}
+    for container in status.get("initContainerStatuses") or []:
+        ended = (container.get("state") or {}).get("terminated") or {}
+        if ended.get("exitCode"):
+            said = _last_words(ended.get("message") or "")
+            text = f"Init container {container.get('name')} ended with exit code {ended['exitCode']}. {said}".strip()
+            return _failure(pod, "InitContainerFailed", text, ended["exitCode"])
+    reason = status.get("reason") or "PodFailed"
+    return _failure(pod, reason, status.get("message") or "The pod failed before its trainer ran.")
+
+
+def _disruption(pod: Pod) -> tuple[str, str] | None:
+    """(reason, message) where Kubernetes itself took the pod away."""
+    status = pod.get("status") or {}
+    for condition in status.get("conditions") or []:
+        if condition.get("type") == "DisruptionTarget" and condition.get("status") == "True":
+            text = condition.get("message") or status.get("message") or "Kubernetes took the pod away."
+            return condition.get("reason") or "Evicted", text
+    if status.get("phase") == "Failed" and status.get("reason"):
+        return status["reason"], status.get("message") or f"The pod was ended: {status['reason']}."
+    return None
+
+
+def _deleted(pod: Pod) -> tuple[str, str]:
+    return "PodDeleted", f"Pod {pod['metadata']['name']} was deleted."
+
+
+def _failure(
+    pod: Pod,
+    reason: str,
+    message: str,
+    exit_code: int | None = None,
+    signal: int | None = None,
+    time: datetime | None = None,
+) -> Failure:
+    metadata = pod["metadata"]
+    if time is None and is_terminating(pod):
+        # The timestamp is when the grace ends; the deletion was asked for that much earlier.
+        ends = parse_time(metadata["deletionTimestamp"])
+        grace = timedelta(seconds=metadata.get("deletionGracePeriodSeconds") or 0)
+        time = ends - grace if ends else None
+    return Failure(
+        _reason(reason),
+        _shorten(message),
+        metadata["name"],
+        index_of(pod),
+        (pod.get("spec") or {}).get("nodeName") or "",
+        exit_code if isinstance(exit_code, int) else None,
+        signal,
+        time,
+    )
+
+
+def _last_words(text: str) -> str:
+    """The line of a log's tail that says most: the last exception, else the last line."""
+    exceptions = [line for line in _EXCEPTION_LINE.findall(text) if "ChildFailedError" not in line]
+    lines = [line.strip() for line in text.splitlines() if line.strip(" =-")]
+    return (exceptions or lines or [""])[-1].strip()
+
+
+def _reason(text: str) -> str:
+    """`text` where it may stand as a condition's reason."""
+    return text if len(text) <= 128 and _REASON.match(text) else "Error"
+
+
+def _shorten(message: object) -> str:
+    text = " ".join(str(message or "").split())
+    return text if len(text) <= MAX_MESSAGE else text[: MAX_MESSAGE - 3] + "..."

@@ -1,0 +1,225 @@
+"""The objects that make a job: a headless service, a ConfigMap and the worker pods, as plain dicts."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from typing import Any
+
+import yaml
+
+from internlm_operator.api import API_VERSION, GROUP, KIND, JobSpec
+from internlm_operator.failures import CONTAINER
+from internlm_operator.merge import strategic_merge
+
+Object = dict[str, Any]
+
+JOB_LABEL = f"{GROUP}/job-name"
+INDEX_LABEL = f"{GROUP}/replica-index"
+ATTEMPT_LABEL = f"{GROUP}/attempt"
+
+MASTER_PORT = 29500
+CONFIG_DIR = "/etc/internlm"
+TOKEN_DIR = "/var/run/secrets/internlm"  # noqa: S105
+USER_ID = 1000
+# Time to write a checkpoint after SIGTERM.
+GRACE_SECONDS = 60
+# The kubelet renews the token at 80% of this.
+TOKEN_SECONDS = 3600
+# Without these, a pod stays bound to a lost node for Kubernetes' default of 300 s, and its gang waits with it.
+NODE_LOST_SECONDS = 30
+NODE_LOST_TAINTS = ("node.kubernetes.io/not-ready", "node.kubernetes.io/unreachable")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the operator was installed with."""
+
+    trainer_image: str
+    """Image of the workers of jobs that name none."""
+    channel_url: str
+    """Base of the job channel as pods reach it, such as https://internlm-operator.internlm-system.svc:8443."""
+    channel_ca: str
+    """PEM of the certificate authority that signed the channel's certificate."""
+
+
+def worker_name(job_name: str, index: int) -> str:
+    return f"{job_name}-worker-{index}"
+
+
+def audience(namespace: str, name: str) -> str:
+    """Audience of the tokens that may report for this job, and for no other."""
+    return f"internlmjob/{namespace}/{name}"
+
+
+def report_path(namespace: str, name: str) -> str:
+    """Path of the job's reports on the job channel."""
+    return f"/v1/namespaces/{namespace}/internlmjobs/{name}/report"
+
+
+def service(job: Object) -> Object:
+    """Gives each worker the stable name NAME-worker-I.NAME, also before it is ready: that is when torchrun needs it."""
+    return {
+        "apiVersion": "v1",
+        "kind": "Service",
+        "metadata": _metadata(job, job["metadata"]["name"]),
+        "spec": {
+            "clusterIP": "None",
+            "publishNotReadyAddresses": True,
+            "selector": {JOB_LABEL: job["metadata"]["name"]},
+            "ports": [{"name": "rendezvous", "port": MASTER_PORT, "protocol": "TCP"}],
+        },
+    }
+
+
+def config_map(job: Object, settings: Settings) -> Object:
+    """The manifest that every process reads, and the authority that it trusts on the job channel."""
+    manifest = {
+        "apiVersion": API_VERSION,
+        "kind": KIND,
+        "metadata": {"name": job["metadata"]["name"], "namespace": job["metadata"]["namespace"]},
+        "spec": job["spec"],
+    }
+    return {
+        "apiVersion": "v1",
+        "kind": "ConfigMap",
+        "metadata": _metadata(job, f"{job['metadata']['name']}-config"),
+        "data": {"job.yaml": yaml.safe_dump(manifest, sort_keys=False), "ca.crt": settings.channel_ca},
+    }
+
+
+def digest(*objects: Object) -> str:
+    """Equal for equal objects."""
+    return hashlib.sha256(json.dumps(objects, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def worker_pod(job: Object, spec: JobSpec, attempt: int, index: int, settings: Settings) -> Object:
+    """Worker `index` of gang number `attempt`, with the user's template merged over it."""
+    name = job["metadata"]["name"]
+    pod_spec = strategic_merge(_pod_spec(job, spec, attempt, index, settings), spec.template.spec)
+    tolerated = {toleration.get("key") for toleration in pod_spec.get("tolerations", [])}
+    pod_spec["tolerations"] = pod_spec.get("tolerations", []) + [
+        {"key": taint, "operator": "Exists", "effect": "NoExecute", "tolerationSeconds": NODE_LOST_SECONDS}
+        for taint in NODE_LOST_TAINTS
+        if taint not in tolerated
+    ]
+    # The gang is found by these; a template that says otherwise would only break its own job.
+    pod_spec |= {"restartPolicy": "Never", "hostname": worker_name(name, index), "subdomain": name}
+    metadata = _metadata(job, worker_name(name, index))
+    metadata["labels"] = {
+        **spec.template.metadata.labels,
+        **metadata["labels"],
+        INDEX_LABEL: str(index),
+        ATTEMPT_LABEL: str(attempt),
+    }
+    if spec.template.metadata.annotations:
+        metadata["annotations"] = dict(spec.template.metadata.annotations)
+    return {"apiVersion": "v1", "kind": "Pod", "metadata": metadata, "spec": pod_spec}
+
+
+def _metadata(job: Object, name: str) -> Object:
+    job_name = job["metadata"]["name"]
+    return {
+        "name": name,
+        "namespace": job["metadata"]["namespace"],
+        "labels": {
+            JOB_LABEL: job_name,
+            "app.kubernetes.io/name": "internlm-trainer",
+            "app.kubernetes.io/instance": job_name,
+            "app.kubernetes.io/managed-by": "internlm-operator",
+        },
+        "ownerReferences": [
+            {
+                "apiVersion": API_VERSION,
+                "kind": KIND,
+                "name": job_name,
+                "uid": job["metadata"]["uid"],
+                "controller": True,
+                "blockOwnerDeletion": True,
+            }
+        ],
+    }
+
+
+def _pod_spec(job: Object, spec: JobSpec, attempt: int, index: int, settings: Settings) -> Object:
+    return {
+        "containers": [_container(job, spec, attempt, index, settings)],
+        "automountServiceAccountToken": False,
+        "enableServiceLinks": False,
+        "terminationGracePeriodSeconds": GRACE_SECONDS,
+        "securityContext": {
+            "runAsNonRoot": True,
+            "runAsUser": USER_ID,
+            "runAsGroup": USER_ID,
+            "fsGroup": USER_ID,
+            "seccompProfile": {"type": "RuntimeDefault"},
+        },
+        "volumes": [
+            {"name": "internlm-config", "configMap": {"name": f"{job['metadata']['name']}-config"}},
+            {"name": "internlm-token", "projected": {"sources": [{"serviceAccountToken": _token(job)}]}},
+            {"name": "tmp", "emptyDir": {}},
+            {"name": "shm", "emptyDir": {"medium": "Memory"}},
+        ],
+    }
+
+
+def _token(job: Object) -> Object:
+    metadata = job["metadata"]
+    return {
+        "audience": audience(metadata["namespace"], metadata["name"]),
+        "expirationSeconds": TOKEN_SECONDS,
+        "path": "token",
+    }
+
+
+def _container(job: Object, spec: JobSpec, attempt: int, index: int, settings: Settings) -> Object:
+    namespace, name = job["metadata"]["namespace"], job["metadata"]["name"]
+    environment = {
+        "INTERNLM_JOB_FILE": f"{CONFIG_DIR}/job.yaml",
+        "INTERNLM_ATTEMPT": str(attempt),
+        "INTERNLM_REPORT_URL": settings.channel_url + report_path(namespace, name),
+        "INTERNLM_REPORT_TOKEN_FILE": f"{TOKEN_DIR}/token",
+        "INTERNLM_REPORT_CA_FILE": f"{CONFIG_DIR}/ca.crt",
+        "INTERNLM_TERMINATION_LOG": "/dev/termination-log",
+        # The root file system is read-only: caches and compiled kernels go to the scratch volume.
+        "HOME": "/tmp",  # noqa: S108
+        "PYTHONUNBUFFERED": "1",
+    }
+    container: Object = {
+        "name": CONTAINER,
+        "image": spec.image or settings.trainer_image,
+        "command": torchrun(name, spec, index),
+        "env": [{"name": key, "value": value} for key, value in environment.items()],
+        "ports": [{"name": "rendezvous", "containerPort": MASTER_PORT}],
+        # The trainer writes its own message; what dies before it can is explained by the end of its log.
+        "terminationMessagePolicy": "FallbackToLogsOnError",
+        "securityContext": {
+            "allowPrivilegeEscalation": False,
+            "readOnlyRootFilesystem": True,
+            "capabilities": {"drop": ["ALL"]},
+        },
+        "volumeMounts": [
+            {"name": "internlm-config", "mountPath": CONFIG_DIR, "readOnly": True},
+            {"name": "internlm-token", "mountPath": TOKEN_DIR, "readOnly": True},
+            {"name": "tmp", "mountPath": "/tmp"},  # noqa: S108
+            {"name": "shm", "mountPath": "/dev/shm"},  # noqa: S108
+        ],
+    }
+    if spec.gpus_per_node:
+        container["resources"] = {"limits": {"nvidia.com/gpu": str(spec.gpus_per_node)}}
+    return container
+
+
+def torchrun(name: str, spec: JobSpec, index: int) -> list[str]:
+    """The agent of one worker. Nodes and ranks are known beforehand, so the rendezvous is static, at worker 0."""
+    return [
+        "torchrun",
+        *("--nnodes", str(spec.nodes)),
+        *("--node-rank", str(index)),
+        *("--nproc-per-node", str(spec.processes_of_a_node)),
+        *("--max-restarts", "0"),
+        *("--master-addr", f"{worker_name(name, 0)}.{name}"),
+        *("--master-port", str(MASTER_PORT)),
+        *("-m", "internlm_trainer.worker"),
+    ]

@@ -1,0 +1,61 @@
+"""What a training process tells the operator over the job channel."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from internlm_trainer.config import Spec
+from pydantic import BaseModel, Field, FiniteFloat
+
+# Whatever a pod sends ends in the job's status, which every watcher of the job reads: keep it small.
+MAX_REPORT_BYTES = 64 * 1024
+_Step = Annotated[int, Field(ge=0, le=2**53)]
+_Count = Annotated[int, Field(ge=0, le=2**63 - 1)]
+
+
+class Message(BaseModel):
+    """Base of the report's parts: camelCase; fields that a newer trainer adds are ignored."""
+
+    model_config = Spec.model_config | {"extra": "ignore"}
+
+
+class CheckpointReport(Message):
+    """A committed checkpoint."""
+
+    step: _Step
+    """Optimizer steps that it holds."""
+    uri: Annotated[str, Field(min_length=1, max_length=2048)]
+    """Where it is."""
+    time: Annotated[str, Field(max_length=20, pattern=r"^\d{4}-\d{2}-\d{2}T\d{2}:\d{2}:\d{2}Z$")]
+    """When it was committed."""
+    bytes: _Count = 0
+    """Its size."""
+    digest: Annotated[str, Field(max_length=256)] = ""
+    """Digest of its manifest."""
+
+
+class Report(Message):
+    """One rank's progress. Numbers are finite; what is not known is null."""
+
+    attempt: Annotated[int, Field(ge=1, le=2**31)]
+    """The attempt that the rank belongs to."""
+    rank: Annotated[int, Field(ge=0, le=2**24)] = 0
+    """The process's rank among all of the job."""
+    start_step: _Step = 0
+    """The step that this attempt resumed from."""
+    step: _Step
+    """Optimizer steps done."""
+    total_steps: _Step
+    """Optimizer steps of the whole job."""
+    tokens: _Count = 0
+    """Tokens trained on."""
+    loss: FiniteFloat | None = None
+    """Training loss of the last step, in nats a token."""
+    validation_loss: FiniteFloat | None = None
+    """Loss of the last evaluation."""
+    tokens_per_second: Annotated[FiniteFloat, Field(ge=0)] | None = None
+    """Speed of the whole gang."""
+    eta_seconds: _Count | None = None
+    """Seconds that the rest will take at this speed."""
+    checkpoint: CheckpointReport | None = None
+    """The newest committed checkpoint."""

@@ -1,0 +1,27 @@
+"""Times as Kubernetes writes them: RFC 3339 in UTC, whole seconds."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+
+
+def stamp(time: datetime) -> str:
+    """`2026-01-01T00:00:00Z`."""
+    return time.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def parse_time(text: object) -> datetime | None:
+    """The time that `text` says; None where it says none."""
+    if not isinstance(text, str):
+        return None
+    try:
+        time = datetime.fromisoformat(text)
+    except ValueError:
+        return None
+    return time if time.tzinfo else time.replace(tzinfo=UTC)
+
+
+def seconds_since(text: object, now: datetime) -> float | None:
+    """Seconds from the time that `text` says to `now`; None where it says none."""
+    time = parse_time(text)
+    return None if time is None else (now - time).total_seconds()
