@@ -34,7 +34,7 @@ class RecoverySpec(Spec):
 
     max_restarts: Annotated[int, Field(ge=0, le=10000)] = 10
     """Restarts within `windowSeconds` before the job fails."""
-    window_seconds: Annotated[int, Field(ge=1)] = 86400
+    window_seconds: Annotated[int, Field(ge=1, le=2**31 - 1)] = 86400
     """The sliding window in which restarts are counted."""
 
 
@@ -72,7 +72,7 @@ class JobSpec(TrainSpec):
     """What happens when a worker fails."""
     suspend: bool = False
     """Saves a checkpoint and removes the pods; back at false, the job goes on from there."""
-    ttl_seconds_after_finished: Annotated[int, Field(ge=0)] | None = None
+    ttl_seconds_after_finished: Annotated[int, Field(ge=0, le=2**31 - 1)] | None = None
     """Seconds after which a finished job is deleted. Default: never."""
     template: TemplateSpec = TemplateSpec()
     """Merged over every worker pod."""

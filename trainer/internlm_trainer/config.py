@@ -13,7 +13,7 @@ import re
 from collections.abc import Callable
 from typing import Annotated, Any, Literal, NamedTuple
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema, model_validator
 from pydantic.alias_generators import to_camel
 
 UNITS = {
@@ -29,6 +29,7 @@ UNITS = {
     "Ti": 2**40,
 }
 QUANTITY_PATTERN = r"^([1-9][0-9]*(Ki|Mi|Gi|Ti)?|[0-9]+([.][0-9]{1,3})?(k|M|B|G|T))$"
+MAX_QUANTITY_LENGTH = 16
 QUANTITY_SENTENCE = (
     "must be a whole number of tokens of at least 1, or one with a unit: k, M, B, G, T (powers of 1000) or "
     "Ki, Mi, Gi, Ti (powers of 1024), such as 4Mi or 200B"
@@ -40,15 +41,18 @@ def parse_quantity(value: object) -> int:
 
     Raises ValueError for anything else, with the sentence that the cluster gives too.
     """
-    if isinstance(value, int) and not isinstance(value, bool) and value >= 1:
-        return value
-    if isinstance(value, str) and re.match(QUANTITY_PATTERN, value):
+    tokens = 0
+    if isinstance(value, str) and len(value) > MAX_QUANTITY_LENGTH:
+        raise ValueError(f"Too long: may not be more than {MAX_QUANTITY_LENGTH} bytes")
+    if isinstance(value, int) and not isinstance(value, bool):
+        tokens = value
+    elif isinstance(value, str) and re.fullmatch(QUANTITY_PATTERN, value):
         number, unit = re.match(r"([0-9.]+)(.*)", value).groups()  # type: ignore[union-attr]
         whole, _, fraction = number.partition(".")
         tokens = int(whole + fraction) * UNITS[unit] // 10 ** len(fraction)
-        if tokens >= 1:
-            return tokens
-    raise ValueError(QUANTITY_SENTENCE)
+    if not 1 <= tokens < 2**63:
+        raise ValueError(QUANTITY_SENTENCE)
+    return tokens
 
 
 def cel_quantity(path: str) -> str:
@@ -66,10 +70,11 @@ Tokens = Annotated[
         {
             "x-kubernetes-int-or-string": True,
             "anyOf": [{"type": "integer"}, {"type": "string"}],
-            "maxLength": 16,
+            "maxLength": MAX_QUANTITY_LENGTH,
             "x-kubernetes-validations": [
                 {
                     "rule": f"type(self) == int ? int(self) >= 1 : string(self).matches('{QUANTITY_PATTERN}') "
+                    "&& quantity(string(self).replace('B', 'G')).isInteger() "
                     "&& quantity(string(self).replace('B', 'G')).isGreaterThan(quantity('0'))",
                     "message": QUANTITY_SENTENCE,
                 }
@@ -85,6 +90,15 @@ class Spec(BaseModel):
     model_config = ConfigDict(
         alias_generator=to_camel, extra="forbid", strict=True, frozen=True, use_attribute_docstrings=True
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _null_is_absent(cls, value: Any) -> Any:
+        """`field: null` is a field that was left out, as it is for the API server."""
+        if not isinstance(value, dict):
+            return value
+        known = {field.alias for field in cls.model_fields.values()}
+        return {name: item for name, item in value.items() if item is not None or name not in known}
 
 
 class ModelSpec(Spec):
@@ -108,7 +122,7 @@ class ModelSpec(Spec):
     """Longest sequence that attention sees, in tokens."""
     norm_eps: Annotated[float, Field(gt=0, le=0.1)] = 1e-6
     """Epsilon of RMSNorm."""
-    rope_base: Annotated[int, Field(ge=1)] = 10000
+    rope_base: Annotated[int, Field(ge=1, le=2**31 - 1)] = 10000
     """Base of the rotary position embedding."""
     attention_bias: bool = True
     """Bias on the q, k, v and output projections, as InternLM has it; InternLM2 has none."""
@@ -127,7 +141,9 @@ class SourceSpec(Spec):
 class PrepareSpec(Spec):
     """Raw text to make the tokenizer and the tokenized data from, where they do not exist yet."""
 
-    text: Annotated[list[Annotated[str, Field(min_length=1, max_length=1024)]], Field(min_length=1, max_length=64)]
+    text: Annotated[
+        list[Annotated[str, Field(min_length=1, max_length=1024)]], Field(min_length=1, max_length=64)
+    ]
     """Text files: paths or URLs with `*` and `**`. `${NAME}` stands for an environment variable;
     `${PYTHON_STDLIB}` is always known: the sources of the Python that runs the job."""
     exclude: Annotated[list[Annotated[str, Field(min_length=1, max_length=1024)]], Field(max_length=64)] = []
@@ -160,7 +176,10 @@ class OptimizerSpec(Spec):
     """The optimizer."""
     lr: Annotated[float, Field(gt=0, le=1)] = 4e-5
     """Peak learning rate."""
-    betas: Annotated[list[Annotated[float, Field(ge=0, lt=1)]], Field(min_length=2, max_length=2)] = [0.9, 0.95]
+    betas: Annotated[list[Annotated[float, Field(ge=0, lt=1)]], Field(min_length=2, max_length=2)] = [
+        0.9,
+        0.95,
+    ]
     """Decay rates of the first and second moment."""
     eps: Annotated[float, Field(gt=0, le=0.1)] = 1e-8
     """Added to the root of the second moment."""
@@ -175,7 +194,7 @@ class ScheduleSpec(Spec):
 
     name: Literal["cosine", "constant"] = "cosine"
     """Curve after the warm-up."""
-    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    warmup_steps: Annotated[int, Field(ge=0, le=2**31 - 1)] = 0
     """Steps over which the learning rate rises linearly to its peak."""
     min_lr: Annotated[float, Field(ge=0, le=1)] = 0.0
     """Learning rate at the last step of the cosine."""
@@ -204,13 +223,15 @@ class TrainingSpec(Spec):
     """The learning rate's schedule."""
     seed: Annotated[int, Field(ge=0, le=2**31 - 1)] = 1024
     """Seed of initialisation and shuffling."""
-    validate_every_steps: Annotated[int, Field(ge=0)] = 0
+    validate_every_steps: Annotated[int, Field(ge=0, le=2**31 - 1)] = 0
     """Steps between two evaluations on `data.validation`; 0: only after the last step."""
     validation_rows: Annotated[int, Field(ge=1, le=1048576)] = 64
     """Rows of `data.validation` that an evaluation looks at, at most."""
-    log_every_steps: Annotated[int, Field(ge=1)] = 10
+    log_every_steps: Annotated[int, Field(ge=1, le=2**31 - 1)] = 10
     """Steps between two log lines."""
-    completions: Annotated[list[Annotated[str, Field(min_length=1, max_length=4096)]], Field(max_length=16)] = []
+    completions: Annotated[
+        list[Annotated[str, Field(min_length=1, max_length=4096)]], Field(max_length=16)
+    ] = []
     """Prompts that the trained model completes at the end, in the log."""
 
 
@@ -249,7 +270,7 @@ class CheckpointSpec(Spec):
 
     path: Annotated[str, Field(min_length=1, max_length=1024)]
     """Folder or URL (any fsspec protocol) of this job's checkpoints; no two jobs may share one."""
-    every_steps: Annotated[int, Field(ge=1)] = 500
+    every_steps: Annotated[int, Field(ge=1, le=2**31 - 1)] = 500
     """Steps between two checkpoints. The last step is always saved."""
     keep: Annotated[int, Field(ge=1, le=10000)] = 3
     """Newest checkpoints to keep."""
@@ -354,6 +375,10 @@ _CEL_ROW = (
 )
 
 
+def _cel_divides(small: str, large: str) -> str:
+    return f"({small} > 0 && {large} % ({small}) == 0)"
+
+
 def _cel_degree(name: str) -> str:
     return f"({_ZERO}.{name} == -1 ? {CEL_WORLD_SIZE} : {_ZERO}.{name})"
 
@@ -385,7 +410,7 @@ TRAINING_RULES: tuple[Rule, ...] = (
         "model.hiddenSize",
         "must be an even multiple of heads: rotary embedding turns pairs of each head's hiddenSize / heads numbers",
         "!has(self.model.hiddenSize) || !has(self.model.heads) || "
-        "self.model.hiddenSize % (2 * self.model.heads) == 0",
+        + _cel_divides("2 * self.model.heads", "self.model.hiddenSize"),
         lambda s, _: (
             not (s.model.hidden_size and s.model.heads) or s.model.hidden_size % (2 * s.model.heads) == 0
         ),
@@ -393,7 +418,8 @@ TRAINING_RULES: tuple[Rule, ...] = (
     Rule(
         "model.kvHeads",
         "must divide heads, so that equally many query heads share each key and value head",
-        "!has(self.model.kvHeads) || !has(self.model.heads) || self.model.heads % self.model.kvHeads == 0",
+        "!has(self.model.kvHeads) || !has(self.model.heads) || "
+        + _cel_divides("self.model.kvHeads", "self.model.heads"),
         lambda s, _: not (s.model.kv_heads and s.model.heads) or s.model.heads % s.model.kv_heads == 0,
     ),
     Rule(
@@ -429,8 +455,8 @@ TRAINING_RULES: tuple[Rule, ...] = (
         "training.globalBatchTokens",
         "must be a multiple of the tokens that all processes handle at once: microBatchSize x model.seqLen (or "
         "microBatchTokens) x nodes x processes of a node",
-        f"!has(self.training.globalBatchTokens) || {cel_quantity('self.training.globalBatchTokens')} % "
-        f"({_CEL_ROW} * {CEL_WORLD_SIZE}) == 0",
+        "!has(self.training.globalBatchTokens) || "
+        + _cel_divides(f"{_CEL_ROW} * {CEL_WORLD_SIZE}", cel_quantity("self.training.globalBatchTokens")),
         lambda s, n: (
             s.training.global_batch_tokens is None
             or s.training.global_batch_tokens % (row_tokens(s) * n) == 0
@@ -452,22 +478,21 @@ TRAINING_RULES: tuple[Rule, ...] = (
         "parallel.zero.optimizer",
         "must divide the number of data-parallel ranks (nodes x processes of a node): use one of its divisors, or "
         "-1 for all of them",
-        f"{_ZERO}.optimizer == -1 || ({_ZERO}.optimizer > 0 && {CEL_WORLD_SIZE} % {_ZERO}.optimizer == 0)",
+        f"{_ZERO}.optimizer == -1 || {_cel_divides(f'{_ZERO}.optimizer', CEL_WORLD_SIZE)}",
         lambda s, n: _divides(s.parallel.zero.degrees(n)[2], n),
     ),
     Rule(
         "parallel.zero.gradients",
         "must divide parallel.zero.optimizer: gradients are sharded at most as widely as optimizer states (-1 "
         "means all ranks)",
-        f"{_cel_degree('gradients')} > 0 && {_cel_degree('optimizer')} % {_cel_degree('gradients')} == 0",
+        _cel_divides(_cel_degree("gradients"), _cel_degree("optimizer")),
         lambda s, n: _divides(s.parallel.zero.degrees(n)[1], s.parallel.zero.degrees(n)[2]),
     ),
     Rule(
         "parallel.zero.parameters",
         "must divide parallel.zero.gradients: parameters are sharded at most as widely as gradients (-1 means all "
         "ranks)",
-        f"{_cel_degree('parameters')} > 0 && "
-        f"{_cel_degree('gradients')} % {_cel_degree('parameters')} == 0",
+        _cel_divides(_cel_degree("parameters"), _cel_degree("gradients")),
         lambda s, n: _divides(s.parallel.zero.degrees(n)[0], s.parallel.zero.degrees(n)[1]),
     ),
 )
