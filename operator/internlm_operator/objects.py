@@ -212,9 +212,12 @@ def _container(job: Object, spec: JobSpec, attempt: int, index: int, settings: S
 
 
 def torchrun(name: str, spec: JobSpec, index: int) -> list[str]:
-    """The agent of one worker. Nodes and ranks are known beforehand, so the rendezvous is static, at worker 0."""
+    """The agent of one worker. Nodes and ranks are known beforehand, so the rendezvous is static, at worker 0.
+
+    By its module: the script `torchrun` is not on the PATH of every image that has torch.
+    """
     return [
-        "torchrun",
+        *("python3", "-m", "torch.distributed.run"),
         *("--nnodes", str(spec.nodes)),
         *("--node-rank", str(index)),
         *("--nproc-per-node", str(spec.processes_of_a_node)),
