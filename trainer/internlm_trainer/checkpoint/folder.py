@@ -26,7 +26,7 @@ T = TypeVar("T")
 WHAT = "checkpoint.path"
 # There a folder is only the common beginning of names: making one is needless, and s3fs would make the bucket
 # too.
-OBJECT_STORES = {"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "adl", "oss", "cos", "hf", "memory"}
+OBJECT_STORES = {"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "adl", "oss", "cos", "hf"}
 
 
 def reason(error: BaseException, url: str) -> str:
@@ -124,7 +124,7 @@ class Folder:
                 sentence, kind = explain(error, self.url)
                 if sentence and not issubclass(kind, StorageUnreachableError):
                     raise UserError(f"{WHAT}: {sentence}") from error
-                pause = random.uniform(0.5, 1.0) * min(0.5 * 2**attempt, 10.0)  # noqa: S311 - no secret
+                pause = random.uniform(0.5, 1.0) * min(0.25 * 2**attempt, 10.0)  # noqa: S311 - no secret
                 waited = time.monotonic() - started
                 why = reason(error, self.url)
                 if waited + pause > self.patience:
@@ -235,15 +235,16 @@ class Folder:
     def leave_probe(self) -> str:
         """Write a small file; its name.  UserError says what is wrong with the store or the access to it."""
         name = f".probe-{uuid.uuid4().hex}"
-        with user_errors(self.url, WHAT):
+        try:
             self._patiently(f"writing to {self.url}", lambda: self._put(name, data=b"may be removed\n"))
+        except FileNotFoundError as error:  # a bucket, since a folder would have been made
+            raise UserError(f"{WHAT}: {reason(error, self.url)}") from error
         return name
 
     def check_writable(self) -> None:
         """Write a small file and remove it again.  UserError as in `leave_probe`."""
         path = self.path(self.leave_probe())
-        with user_errors(self.url, WHAT):
-            self._patiently(f"removing from {self.url}", lambda: self._remove(path))
+        self._patiently(f"removing from {self.url}", lambda: self._remove(path))
 
 
 def _sync_folder(path: str) -> None:

@@ -162,8 +162,7 @@ class CheckpointStore:
         raises: the next commit tries again.
         """
         try:
-            found = self.folder.names(step_name(step))
-            if found and MANIFEST not in found:
+            if MANIFEST not in self.folder.names(step_name(step)):
                 self.folder.remove_folder(step_name(step))
         except (WriteFailed, StorageUnavailable, UserError) as error:
             log.warning("what is left of %s could not be removed: %s", step_name(step), error)

@@ -1,0 +1,70 @@
+"""A process that saves step after step, to be killed.  Usage: saver.py URL, then lines on standard input.
+
+    run             save from the step after the newest good one on, for ever
+    stop-in STAGE   the same, but stand still at a stage of the second save: `shard` (in the middle of one), `manifest`
+                    (all shards are there)
+
+For each line a child is forked, so that torch is imported once; its process id is printed, then what it does.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Iterator
+from itertools import count
+
+from internlm_trainer.checkpoint import Alone, CheckpointStore, Piece, newest_good
+from states import PARAMETERS, open_store, pieces
+
+# Large enough that a save takes a while: 13 MB.
+LARGE = {name: (shape[0] * 1500, *shape[1:]) for name, shape in PARAMETERS.items()}
+WORLD = 2
+
+
+def say(line: str) -> None:
+    print(line, flush=True)
+
+
+def stand_still(step: int) -> None:
+    say(f"standing {step}")
+    time.sleep(600)
+
+
+def slowly(step: int, rank: int, stage: str) -> Iterator[Piece]:
+    for number, piece in enumerate(pieces(step, rank, WORLD, LARGE)):
+        if stage == "shard" and rank == 1 and number == 2:
+            stand_still(step)
+        yield piece
+
+
+def train(store: CheckpointStore, stage: str) -> None:
+    newest = newest_good(store, Alone())
+    first = newest.step + 1 if newest else 1
+    for step in count(first):
+        here = stage if step > first else ""
+        say(f"saving {step}")
+        entries = [store.write_shard(step, rank, slowly(step, rank, here)) for rank in range(WORLD)]
+        if here == "manifest":
+            stand_still(step)
+        store.commit(step, entries, {"step": step}, LARGE)
+        say(f"committed {step}")
+
+
+def main() -> None:
+    url = sys.argv[1]
+    for line in sys.stdin:
+        child = os.fork()
+        if child == 0:
+            try:
+                say(f"pid {os.getpid()}")
+                train(open_store(url, keep=2), line.split()[-1])
+            finally:
+                os._exit(1)
+        os.waitpid(child, 0)
+        say("ended")
+
+
+if __name__ == "__main__":
+    main()

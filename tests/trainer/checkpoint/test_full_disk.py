@@ -1,0 +1,97 @@
+"""A disk that fills up while a checkpoint is saved."""
+
+from __future__ import annotations
+
+import os
+import resource
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from internlm_trainer.checkpoint import Alone, CheckpointStore, Piece, SaveFailed, newest_good
+from trainer.checkpoint.states import open_store
+
+MEBI = 1 << 20
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 8 MiB."""
+    if os.geteuid() != 0:
+        pytest.skip("mounting a small disk needs root")
+    mount = ["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", tmp_path]
+    done = subprocess.run(mount, capture_output=True, text=True)
+    if done.returncode:
+        pytest.skip(f"no small disk can be mounted here: {done.stderr.strip()}")
+    yield tmp_path
+    subprocess.run(["umount", tmp_path], check=True)
+
+
+@pytest.fixture
+def small_files() -> Iterator[None]:
+    """No file of this process may grow beyond 2 MiB."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2 * MEBI, hard))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def save(store: CheckpointStore, step: int, mebibytes: int) -> None:
+    """Two shards that together have so many MiB."""
+    half = torch.full((mebibytes * MEBI // 8,), float(step))
+    size = len(half)
+    entries = [
+        store.write_shard(step, rank, [Piece("master", "w", rank * size, (rank + 1) * size, half)])
+        for rank in (0, 1)
+    ]
+    store.commit(step, entries, {"step": step}, {"w": (2 * size,)})
+
+
+def assert_only(store: CheckpointStore, step: int) -> None:
+    found = newest_good(store, Alone())
+    assert found is not None
+    assert found.step == step
+    assert list(store.folder.names()) == [f"step-{step:08d}"]
+
+
+def test_a_full_disk_fails_the_save_with_a_sentence_and_loses_nothing(disk):
+    store = open_store(str(disk / "folder"))
+    save(store, 100, mebibytes=4)
+    with pytest.raises(
+        SaveFailed,
+        match=r"step-00000200 could not be saved: writing shard-0000\d.bin failed: there is no space left",
+    ):
+        save(store, 200, mebibytes=6)
+    store.abandon(200)
+    assert_only(store, 100)
+    save(store, 300, mebibytes=2)  # what the failed save had taken is free again
+    assert store.candidates() == [300, 100]
+
+
+def test_a_disk_that_is_full_when_the_manifest_is_due_keeps_the_checkpoint_before_it(disk):
+    store = open_store(str(disk / "folder"))
+    save(store, 100, mebibytes=2)
+    half = torch.zeros(MEBI // 4)
+    entry = store.write_shard(200, 0, [Piece("master", "w", 0, len(half), half)])
+    with (disk / "filler").open("wb", buffering=0) as filler, pytest.raises(OSError, match="No space left"):
+        while True:
+            filler.write(bytes(4096))
+    with pytest.raises(
+        SaveFailed, match=r"step-00000200 could not be saved: writing manifest.json failed: there is no"
+    ):
+        store.commit(200, [entry], {}, {"w": (len(half),)})
+    store.abandon(200)
+    assert_only(store, 100)
+
+
+def test_a_file_that_may_not_grow_fails_the_save_with_a_sentence_and_loses_nothing(tmp_path, small_files):
+    store = open_store(str(tmp_path / "folder"))
+    save(store, 100, mebibytes=2)
+    with pytest.raises(
+        SaveFailed, match=r"could not be saved: writing shard-00000.bin failed: File too large"
+    ):
+        save(store, 200, mebibytes=8)
+    store.abandon(200)
+    assert_only(store, 100)
