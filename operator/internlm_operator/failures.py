@@ -1,7 +1,7 @@
 """Why a worker pod ended, and which of several ended pods is to blame.
 
-Pods are dicts as the API gives them.  What is read here: the trainer's own termination message, the container's
-exit code, the pod's DisruptionTarget condition, and that it is being deleted.
+Pods are dicts as the API gives them.  What is read here: the trainer's own termination message, the
+container's exit code, the pod's DisruptionTarget condition, and that it is being deleted.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ def index_of(pod: Pod) -> int:
 
 
 def trainer_state(pod: Pod) -> dict[str, Any]:
-    """The `state` of the trainer's container: one of waiting, running, terminated; empty before the kubelet saw it."""
+    """The `state` of the trainer's container: waiting, running or terminated; empty before there is one."""
     for status in (pod.get("status") or {}).get("containerStatuses") or []:
         if status.get("name") == CONTAINER:
             return status.get("state") or {}
@@ -150,8 +150,8 @@ def lost(name: str, index: int) -> Failure:
 def root_cause(failures: Iterable[Failure]) -> Failure | None:
     """The failure that the others follow from; None if there is none.
 
-    A user's mistake comes first, since a restart would meet it again.  Then whoever failed of itself, earliest
-    first; a worker that only lost its peer is the cause only if nobody else is.
+    A user's mistake comes first, since a restart would meet it again.  Then whoever failed of itself,
+    earliest first; a worker that only lost its peer is the cause only if nobody else is.
     """
     return min(failures, key=_blame, default=None)
 
@@ -183,14 +183,16 @@ def _ended_container(pod: Pod, terminated: dict[str, Any]) -> Failure:
     if inner and int(inner[1]) < 0:
         signal = -int(inner[1])
     if signal is not None:
-        return _failure(pod, "Killed", f"A training process was ended by signal {signal}.", code, signal, time)
+        return _failure(
+            pod, "Killed", f"A training process was ended by signal {signal}.", code, signal, time
+        )
     reason = terminated.get("reason") or "Error"
     said = _last_words(text) or f"The container ended with exit code {code} and no message."
     return _failure(pod, reason, said, code, None, time)
 
 
 def _ended_pod(pod: Pod) -> Failure:
-    """The end of a pod whose trainer left no exit code: it never started, or runs on until its grace is over."""
+    """The end of a pod whose trainer left no exit code: it never started, or still has its grace."""
     outside = _disruption(pod)
     if outside is not None:
         return _failure(pod, *outside)
@@ -201,7 +203,7 @@ def _ended_pod(pod: Pod) -> Failure:
         ended = (container.get("state") or {}).get("terminated") or {}
         if ended.get("exitCode"):
             said = _last_words(ended.get("message") or "")
-            text = f"Init container {container.get('name')} ended with exit code {ended['exitCode']}. {said}".strip()
+            text = f"Init container {container.get('name')} ended with exit code {ended['exitCode']}. {said}"
             return _failure(pod, "InitContainerFailed", text, ended["exitCode"])
     reason = status.get("reason") or "PodFailed"
     return _failure(pod, reason, status.get("message") or "The pod failed before its trainer ran.")

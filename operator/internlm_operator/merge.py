@@ -1,4 +1,4 @@
-"""Merging of Kubernetes objects that are plain dicts: a pod with the user's template, a status with the stored one."""
+"""Merging of plain Kubernetes objects: a pod with the user's template, a status with the stored one."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def _merge_items(base: list[Any], patch: list[Any], key: str) -> list[Any]:
 
 def merge_patch(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
     """The JSON merge patch (RFC 7386) that makes `new` of `old`; empty if they are the same."""
-    patch: dict[str, Any] = {key: None for key in old.keys() - new.keys()}
+    patch: dict[str, Any] = dict.fromkeys(old.keys() - new.keys())
     for key, value in new.items():
         before = old.get(key)
         if isinstance(value, dict) and isinstance(before, dict):

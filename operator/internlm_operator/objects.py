@@ -27,7 +27,7 @@ USER_ID = 1000
 GRACE_SECONDS = 60
 # The kubelet renews the token at 80% of this.
 TOKEN_SECONDS = 3600
-# Without these, a pod stays bound to a lost node for Kubernetes' default of 300 s, and its gang waits with it.
+# Without these, a pod stays bound to a lost node for Kubernetes' default of 300 s, and its gang waits.
 NODE_LOST_SECONDS = 30
 NODE_LOST_TAINTS = ("node.kubernetes.io/not-ready", "node.kubernetes.io/unreachable")
 
@@ -59,7 +59,7 @@ def report_path(namespace: str, name: str) -> str:
 
 
 def service(job: Object) -> Object:
-    """Gives each worker the stable name NAME-worker-I.NAME, also before it is ready: that is when torchrun needs it."""
+    """Gives each worker the name NAME-worker-I.NAME, also before it is ready, since torchrun needs it."""
     return {
         "apiVersion": "v1",
         "kind": "Service",
@@ -212,7 +212,7 @@ def _container(job: Object, spec: JobSpec, attempt: int, index: int, settings: S
 
 
 def torchrun(name: str, spec: JobSpec, index: int) -> list[str]:
-    """The agent of one worker. Nodes and ranks are known beforehand, so the rendezvous is static, at worker 0.
+    """The agent of one worker. Nodes and ranks are known beforehand: the rendezvous is static, at worker 0.
 
     By its module: the script `torchrun` is not on the PATH of every image that has torch.
     """

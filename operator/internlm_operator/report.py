@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from internlm_trainer.config import Spec
 from pydantic import BaseModel, Field, FiniteFloat
+
+from internlm_trainer.config import Spec
 
 # Whatever a pod sends ends in the job's status, which every watcher of the job reads: keep it small.
 MAX_REPORT_BYTES = 64 * 1024

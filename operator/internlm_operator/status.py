@@ -30,7 +30,7 @@ MAX_RESTART_DELAY = 300.0
 
 
 def parse_status(stored: Any) -> JobStatus:
-    """The stored status; a part that cannot be read, since a hand or another version wrote it, starts anew."""
+    """The stored status; a part that a hand or another version made unreadable starts anew."""
     fields = dict(stored) if isinstance(stored, dict) else {}
     while True:
         try:
@@ -63,7 +63,7 @@ def set_condition(
     since = old.last_transition_time if old is not None and old.status == word else stamp(now)
     new = Condition(
         type=type,
-        status=word,  # type: ignore[arg-type]
+        status=word,
         reason=reason,
         message=message,
         last_transition_time=since,
@@ -80,9 +80,15 @@ def current_attempt(status: JobStatus) -> Attempt | None:
 
 
 def take_report(status: JobStatus, report: Report, time: datetime) -> None:
-    """Put a report of the last attempt into the status. The newest checkpoint never goes back."""
+    """Put a report of the last attempt into the status.
+
+    Within an attempt steps only grow, and the newest checkpoint never goes back: a report that says less was
+    overtaken by another one or by the trainer's last words.
+    """
     attempt = status.attempts[-1]
     assert report.attempt == attempt.number
+    if report.step < (attempt.end_step or 0):
+        return
     attempt.start_step = report.start_step
     attempt.end_step = report.step
     status.progress = Progress(
@@ -113,7 +119,7 @@ def take_last_step(status: JobStatus, step: int) -> None:
 
 
 def count_restart(status: JobStatus, recovery: RecoverySpec, now: datetime) -> None:
-    """Count a restart. Those close to each other share a bucket and expire together, at most window/64 early."""
+    """Count a restart. Those close to each other expire together, at most window / BUCKETS early."""
     status.restarts += 1
     status.recent_restarts = _recent(status, recovery, now)
     last = status.recent_restarts[-1] if status.recent_restarts else None
@@ -137,8 +143,8 @@ def _recent(status: JobStatus, recovery: RecoverySpec, now: datetime) -> list[Re
 def restart_delay(attempts: list[Attempt]) -> timedelta:
     """How long after the last attempt's end the next one may start.
 
-    Nothing after an attempt that trained, or that was stopped from outside; 10, 20, 40... up to 300 s after 2, 3,
-    4... in a row that failed without a step, so that an outage does not use up the restarts in a minute.
+    Nothing after an attempt that trained, or that was stopped from outside; 10, 20, 40... up to 300 s after
+    2, 3, 4... in a row that failed without a step, so that an outage does not use up the restarts at once.
     """
     fruitless = 0
     for attempt in reversed(attempts):

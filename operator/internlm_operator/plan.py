@@ -1,0 +1,170 @@
+"""A plan: what to do about a job, and what it is decided on. `Draft` is a plan in the making."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Any, Literal
+
+from internlm_operator import failures, objects
+from internlm_operator.api import KIND, JobStatus, Phase
+from internlm_operator.failures import Pod
+from internlm_operator.objects import Object, Settings
+from internlm_operator.report import Report
+from internlm_operator.status import (
+    current_attempt,
+    dump_status,
+    only_progress_changed,
+    parse_status,
+    progress_write_due,
+    set_condition,
+)
+from internlm_operator.times import seconds_since, stamp
+
+# The kubelet kills at the end of the grace; if the pod is still there this much later, its node is gone.
+OVERDUE_SECONDS = 30
+
+
+@dataclass(frozen=True)
+class Apply:
+    """Make the object so, by server-side apply."""
+
+    object: Object
+
+
+@dataclass(frozen=True)
+class Create:
+    """Make the object unless one of this name exists: a pod never changes, least of all another attempt's."""
+
+    object: Object
+
+
+@dataclass(frozen=True)
+class Delete:
+    """Delete this very object; `grace_seconds` None leaves its own grace, 0 does not wait for its node."""
+
+    kind: str
+    name: str
+    uid: str
+    grace_seconds: int | None = None
+
+
+@dataclass(frozen=True)
+class Event:
+    """A Kubernetes Event on the job."""
+
+    type: Literal["Normal", "Warning"]
+    reason: str
+    message: str
+
+
+Action = Apply | Create | Delete | Event
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """The API server's answer when the job's pods could not be created."""
+
+    code: int
+    message: str
+
+
+@dataclass(frozen=True)
+class Observed:
+    """What there is besides the job itself."""
+
+    settings: Settings
+    pods: list[Pod] = field(default_factory=list)
+    """Pods with the job's label, as the API gives them."""
+    report: Report | None = None
+    """The latest report on the job channel, if any came since the operator started."""
+    report_time: datetime | None = None
+    """When it came."""
+    applied: str = ""
+    """`objects.digest` of the service and the ConfigMap as this process last applied them."""
+    refused: Refusal | None = None
+    """Why the last creation of pods failed."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to do, in this order: write the status, carry out the actions, look again."""
+
+    status: dict[str, Any] | None = None
+    """The whole status to store; None if the stored one is right."""
+    actions: list[Action] = field(default_factory=list)
+    wake_after: float | None = None
+    """Seconds after which time alone may change the plan."""
+    important: bool = False
+    """More than progress: to be decided on what the API server says now, not on a cache."""
+
+
+class Draft:
+    """A plan in the making."""
+
+    def __init__(self, job: Object, observed: Observed, now: datetime) -> None:
+        self.job, self.observed, self.now = job, observed, now
+        self.name: str = job["metadata"]["name"]
+        self.generation: int = job["metadata"].get("generation") or 0
+        self.stored = parse_status(job.get("status"))
+        self.status: JobStatus = parse_status(job.get("status"))
+        self.actions: list[Action] = []
+        self.wake_after: float | None = None
+        # A pod that only carries our label is not ours, and neither is one of a deleted job of this name.
+        self.pods = sorted(
+            (pod for pod in observed.pods if owner_of(pod) == job["metadata"]["uid"]), key=failures.index_of
+        )
+
+    def gang(self) -> list[Pod]:
+        """The current attempt's pods."""
+        attempt = current_attempt(self.status)
+        number = str(attempt.number) if attempt else None
+        return [pod for pod in self.pods if pod["metadata"]["labels"].get(objects.ATTEMPT_LABEL) == number]
+
+    def others(self) -> list[Pod]:
+        """Pods that must be gone before the current attempt's are made."""
+        gang = {pod["metadata"]["uid"] for pod in self.gang()}
+        return [pod for pod in self.pods if pod["metadata"]["uid"] not in gang]
+
+    def say(self, type: str, value: bool, reason: str, message: str = "") -> None:
+        set_condition(self.status, type, value, reason, message, self.generation, self.now)
+
+    def event(self, type: Literal["Normal", "Warning"], reason: str, message: str) -> None:
+        self.actions.append(Event(type, reason, message))
+
+    def wake(self, seconds: float) -> None:
+        seconds = max(seconds, 0.1)
+        self.wake_after = seconds if self.wake_after is None else min(self.wake_after, seconds)
+
+    def remove(self, pods: list[Pod], grace_seconds: int | None = None) -> None:
+        """Delete pods, and take those out of the way whose node does not answer any more."""
+        for pod in pods:
+            metadata = pod["metadata"]
+            since = seconds_since(metadata.get("deletionTimestamp"), self.now)
+            if since is None:
+                self.actions.append(Delete("Pod", metadata["name"], metadata["uid"], grace_seconds))
+            elif since >= OVERDUE_SECONDS:
+                self.actions.append(Delete("Pod", metadata["name"], metadata["uid"], 0))
+            else:
+                self.wake(OVERDUE_SECONDS - since)
+
+    def plan(self, phase: Phase) -> Plan:
+        status = self.status
+        status.phase = phase
+        status.observed_generation = self.generation
+        status.start_time = status.start_time or stamp(self.now)
+        status.workers.ready = sum(map(failures.is_running, self.gang()))
+        new = dump_status(status)
+        if new == self.job.get("status"):
+            return Plan(None, self.actions, self.wake_after, bool(self.actions))
+        important = bool(self.actions) or not only_progress_changed(self.stored, status)
+        due = progress_write_due(self.stored, self.now)
+        if not important and due > 0:
+            self.wake(due)
+            return Plan(None, self.actions, self.wake_after, False)
+        return Plan(new, self.actions, self.wake_after, important)
+
+
+def owner_of(pod: Pod) -> str | None:
+    references = pod["metadata"].get("ownerReferences") or []
+    return next((r["uid"] for r in references if r.get("controller") and r.get("kind") == KIND), None)

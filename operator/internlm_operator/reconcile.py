@@ -1,0 +1,351 @@
+"""The operator's decisions: `reconcile(job, observed, now) -> Plan`.
+
+A pure function of what is there.  It does not ask which event came, keeps nothing between two calls, and gives
+the same plan for the same arguments, so the operator may be killed between any two of its steps.
+
+The shell writes `Plan.status` first, on the condition that the job is still the one that was looked at, and only
+then carries out the actions in their order.  So an attempt is in the status before its first pod exists, and its
+end is there before its first pod is deleted.
+
+Conditions and their reasons:
+
+| condition  | true                                  | false                                                   |
+|------------|---------------------------------------|---------------------------------------------------------|
+| Running    | WorkersRunning                        | WorkersPending, WorkersStarting, Unschedulable, PodsRefused, WaitingToRestart, OldWorkersTerminating, Suspended, Finished, or the kubelet's reason (ImagePullBackOff...) |
+| Restarting | the failure's reason (Error, Evicted, PodLost...) | NotRestarting                               |
+| Suspended  | SuspendRequested                      | Suspending, NotSuspended                                |
+| Succeeded  | Completed                             | NotFinished, Failed                                     |
+| Failed     | InvalidSpec, InvalidTemplate, UserError, RestartLimitExceeded | NotFinished, Completed          |
+"""  # noqa: E501
+
+from __future__ import annotations
+
+from datetime import datetime, timedelta
+
+from internlm_operator import failures, objects
+from internlm_operator.api import KIND, Attempt, JobError, JobSpec, LastFailure, Phase, parse_job
+from internlm_operator.failures import Failure, Pod
+from internlm_operator.objects import Object, worker_name
+from internlm_operator.plan import Apply, Create, Delete, Draft, Observed, Plan
+from internlm_operator.status import (
+    MAX_ATTEMPTS,
+    count_restart,
+    current_attempt,
+    holds,
+    restart_delay,
+    restarts_in_window,
+    take_last_step,
+    take_report,
+)
+from internlm_operator.times import parse_time, seconds_since, stamp
+
+# A worker whose peers are gone hangs in a collective and cannot save; this is for its last log lines.
+CRASH_GRACE_SECONDS = 15
+# How long to wait for the worker that failed by itself, when all that is known is that another lost its peer.
+SETTLE_SECONDS = 3
+REFUSED_RETRY_SECONDS = 10
+# Why a container waits when nothing is wrong.
+_HARMLESS_WAITS = ("", "PodInitializing", "ContainerCreating")
+
+
+def reconcile(job: Object, observed: Observed, now: datetime) -> Plan:
+    """What to do about `job` (an InternLMJob as the API gives it), seeing `observed`, at the time `now`."""
+    if job["metadata"].get("deletionTimestamp"):
+        return Plan()  # Kubernetes removes what the job owns
+    draft = Draft(job, observed, now)
+    _note_progress(draft)
+    if holds(draft.status, "Succeeded") or holds(draft.status, "Failed"):
+        return _clean_up(draft)
+    try:
+        spec = parse_job(job).spec
+    except JobError as error:
+        return _fail(draft, "InvalidSpec", "; ".join(error.sentences))
+    draft.status.workers.desired = spec.nodes
+
+    gang = draft.gang()
+    if len(gang) == spec.nodes and all(map(failures.has_succeeded, gang)):
+        return _succeed(draft)
+    if spec.suspend:
+        return _suspend(draft)
+    _note_resume(draft)
+
+    if current_attempt(draft.status) is not None:
+        failure = _failure(draft, spec)
+        if failure is not None and _may_be_secondary(draft, failure):
+            return draft.plan(draft.status.phase)
+        if failure is not None and failure.reason == failures.USER_ERROR:
+            return _fail(draft, failures.USER_ERROR, failure.message, failure)
+        if failure is not None:
+            if restarts_in_window(draft.status, spec.recovery, now) >= spec.recovery.max_restarts:
+                return _fail(draft, "RestartLimitExceeded", _limit_sentence(spec, failure), failure)
+            _end_for_restart(draft, spec, failure)
+
+    if current_attempt(draft.status) is None:
+        waiting = _make_room(draft)
+        if waiting is not None:
+            return waiting
+        _begin_attempt(draft, spec)
+    return _form_and_follow(draft, spec)
+
+
+# What is known of the training itself
+
+
+def _note_progress(draft: Draft) -> None:
+    """Reports and last words of the last attempt; what another attempt reports is over."""
+    status, observed = draft.status, draft.observed
+    if not status.attempts:
+        return
+    last = status.attempts[-1]
+    report = observed.report
+    if report is not None and observed.report_time is not None and report.attempt == last.number:
+        take_report(status, report, observed.report_time)
+    for pod in draft.pods:
+        word = failures.termination(pod)
+        of_last = pod["metadata"]["labels"].get(objects.ATTEMPT_LABEL) == str(last.number)
+        if of_last and word is not None and word.reason in ("Completed", "Stopped") and word.step is not None:
+            take_last_step(status, word.step)
+
+
+# The end of the job
+
+
+def _finish(draft: Draft, reason: str) -> None:
+    attempt = current_attempt(draft.status)
+    if attempt is not None:
+        attempt.end_time, attempt.reason = stamp(draft.now), reason
+    draft.status.completion_time = stamp(draft.now)
+    draft.say("Running", False, "Finished")
+    draft.say("Restarting", False, "NotRestarting")
+    draft.say("Suspended", False, "NotSuspended")
+
+
+def _succeed(draft: Draft) -> Plan:
+    _finish(draft, "Completed")
+    progress = draft.status.progress_text
+    message = f"Training completed{f' at step {progress}' if progress else ''}."
+    draft.say("Succeeded", True, "Completed", message)
+    draft.say("Failed", False, "Completed")
+    draft.event("Normal", "Succeeded", message)
+    return _clean_up(draft)
+
+
+def _fail(draft: Draft, reason: str, message: str, failure: Failure | None = None) -> Plan:
+    if failure is not None:
+        _note_failure(draft, failure)
+    _finish(draft, failure.reason if failure else reason)
+    draft.say("Succeeded", False, "Failed")
+    draft.say("Failed", True, reason, message)
+    draft.event("Warning", reason, message)
+    return _clean_up(draft)
+
+
+def _clean_up(draft: Draft) -> Plan:
+    """A finished job keeps its ended pods for their logs, and nothing that runs."""
+    draft.remove([pod for pod in draft.pods if not failures.is_over(pod)], CRASH_GRACE_SECONDS)
+    phase: Phase = "Succeeded" if holds(draft.status, "Succeeded") else "Failed"
+    ttl = (draft.job.get("spec") or {}).get("ttlSecondsAfterFinished")
+    age = seconds_since(draft.status.completion_time, draft.now)
+    if isinstance(ttl, int) and age is not None:
+        if age >= ttl:
+            draft.actions.append(Delete(KIND, draft.name, draft.job["metadata"]["uid"]))
+        else:
+            draft.wake(ttl - age)
+    return draft.plan(phase)
+
+
+def _limit_sentence(spec: JobSpec, failure: Failure) -> str:
+    recovery = spec.recovery
+    return (
+        f"{failure.message} The job was restarted {recovery.max_restarts} times within "
+        f"{recovery.window_seconds} seconds, which is all that recovery.maxRestarts allows."
+    )
+
+
+# Suspension
+
+
+def _suspend(draft: Draft) -> Plan:
+    attempt = current_attempt(draft.status)
+    if attempt is not None:
+        attempt.end_time, attempt.reason = stamp(draft.now), "Suspended"
+        draft.event("Normal", "Suspending", "The workers save a checkpoint and stop, as spec.suspend asks.")
+    draft.remove(draft.pods)
+    draft.say("Restarting", False, "NotRestarting")
+    _not_finished(draft)
+    if draft.pods:
+        draft.say("Running", False, "Suspended", "The workers save a checkpoint and stop.")
+        draft.say("Suspended", False, "Suspending", f"Waiting for {len(draft.pods)} pods to end.")
+        return draft.plan("Suspending")
+    if not holds(draft.status, "Suspended"):
+        draft.event("Normal", "Suspended", "No worker is left; set spec.suspend to false to go on.")
+    draft.say("Running", False, "Suspended", "Set spec.suspend to false to go on.")
+    draft.say("Suspended", True, "SuspendRequested", "Set spec.suspend to false to go on.")
+    return draft.plan("Suspended")
+
+
+def _note_resume(draft: Draft) -> None:
+    if holds(draft.status, "Suspended"):
+        draft.event("Normal", "Resumed", "The job goes on from its last checkpoint.")
+    draft.say("Suspended", False, "NotSuspended")
+    _not_finished(draft)
+
+
+def _not_finished(draft: Draft) -> None:
+    draft.say("Succeeded", False, "NotFinished")
+    draft.say("Failed", False, "NotFinished")
+
+
+# Failure and restart
+
+
+def _failure(draft: Draft, spec: JobSpec) -> Failure | None:
+    """What ended the current attempt; None while it has every worker it should have."""
+    gang = draft.gang()
+    found = [failure for pod in gang if (failure := failures.failure_of(pod)) is not None]
+    attempt = current_attempt(draft.status)
+    if attempt is not None and attempt.formed:
+        there = {failures.index_of(pod) for pod in gang}
+        missing = [index for index in range(spec.nodes) if index not in there]
+        found += [failures.lost(worker_name(draft.name, index), index) for index in missing]
+    return failures.root_cause(found)
+
+
+def _may_be_secondary(draft: Draft, failure: Failure) -> bool:
+    """Whether to wait a moment for the worker that failed by itself: its status may still be on the way."""
+    age = (draft.now - failure.time).total_seconds() if failure.time else None
+    if not failure.peer_lost or age is None or not 0 <= age < SETTLE_SECONDS:
+        return False
+    draft.wake(SETTLE_SECONDS - age)
+    return any(map(failures.is_running, draft.gang()))
+
+
+def _note_failure(draft: Draft, failure: Failure) -> None:
+    attempt = current_attempt(draft.status)
+    draft.status.last_failure = LastFailure(
+        attempt=attempt.number if attempt else 0,
+        reason=failure.reason,
+        message=failure.message,
+        pod=failure.pod,
+        node=failure.node,
+        exit_code=failure.exit_code,
+        signal=failure.signal,
+        time=stamp(failure.time or draft.now),
+    )
+
+
+def _end_for_restart(draft: Draft, spec: JobSpec, failure: Failure) -> None:
+    attempt = current_attempt(draft.status)
+    assert attempt is not None
+    _note_failure(draft, failure)
+    attempt.end_time, attempt.reason = stamp(draft.now), failure.reason
+    count_restart(draft.status, spec.recovery, draft.now)
+    message = f"Worker {failure.index}: {failure.message}"
+    draft.say("Restarting", True, failure.reason, message)
+    draft.event("Warning", "Restarting", message)
+
+
+def _make_room(draft: Draft) -> Plan | None:
+    """Remove what is left of earlier attempts, and wait; None once the next one may begin."""
+    attempts = draft.status.attempts
+    planned = not attempts or attempts[-1].reason in failures.PLANNED
+    draft.remove(draft.pods, None if planned else CRASH_GRACE_SECONDS)
+    phase: Phase = "Restarting" if holds(draft.status, "Restarting") else "Pending"
+    if draft.pods:
+        draft.say("Running", False, "OldWorkersTerminating", f"Waiting for {len(draft.pods)} pods to end.")
+        return draft.plan(phase)
+    ended = parse_time(attempts[-1].end_time) if attempts else None
+    wait = (ended + restart_delay(attempts) - draft.now) if ended else timedelta()
+    if wait > timedelta():
+        draft.say(
+            "Running", False, "WaitingToRestart", "The last attempts failed at once; waiting before the next."
+        )
+        draft.wake(wait.total_seconds())
+        return draft.plan(phase)
+    return None
+
+
+# A gang's life
+
+
+def _begin_attempt(draft: Draft, spec: JobSpec) -> None:
+    attempts = draft.status.attempts
+    number = attempts[-1].number + 1 if attempts else 1
+    draft.status.attempts = [*attempts, Attempt(number=number, start_time=stamp(draft.now))][-MAX_ATTEMPTS:]
+    draft.event("Normal", "AttemptStarted", f"Attempt {number} starts with {spec.nodes} workers.")
+
+
+def _form_and_follow(draft: Draft, spec: JobSpec) -> Plan:
+    """Make the pods that the current attempt lacks, then say how far their start is."""
+    attempt = current_attempt(draft.status)
+    assert attempt is not None
+    service = objects.service(draft.job)
+    config = objects.config_map(draft.job, draft.observed.settings)
+    if objects.digest(service, config) != draft.observed.applied:
+        draft.actions += [Apply(service), Apply(config)]
+
+    gang, others = draft.gang(), draft.others()
+    draft.remove(others)
+    there = {failures.index_of(pod) for pod in gang}
+    missing = [index for index in range(spec.nodes) if index not in there]
+    refused = draft.observed.refused
+    if missing and refused is not None and refused.code == 422:
+        return _fail(
+            draft, "InvalidTemplate", f"spec.template: makes a pod that is not valid: {refused.message}"
+        )
+    if missing and not others and not attempt.formed:
+        settings = draft.observed.settings
+        draft.actions += [
+            Create(objects.worker_pod(draft.job, spec, attempt.number, index, settings)) for index in missing
+        ]
+    attempt.formed = attempt.formed or not missing
+
+    started = [pod for pod in gang if failures.is_running(pod) or failures.has_succeeded(pod)]
+    if len(started) == spec.nodes:
+        return _run(draft, spec)
+    return _wait_for_start(draft, spec, missing)
+
+
+def _run(draft: Draft, spec: JobSpec) -> Plan:
+    if not holds(draft.status, "Running"):
+        draft.event("Normal", "Running", f"All {spec.nodes} workers run.")
+    draft.say("Running", True, "WorkersRunning", f"All {spec.nodes} workers run.")
+    draft.say("Restarting", False, "NotRestarting")
+    return draft.plan("Running")
+
+
+def _wait_for_start(draft: Draft, spec: JobSpec, missing: list[int]) -> Plan:
+    gang, refused = draft.gang(), draft.observed.refused
+    problem = next((p for pod in gang if (p := _start_problem(pod)) is not None), None)
+    scheduled = [pod for pod in gang if (pod.get("spec") or {}).get("nodeName")]
+    count = f"of {spec.nodes} workers"
+    if missing and refused is not None:
+        draft.say("Running", False, "PodsRefused", refused.message)
+        draft.wake(REFUSED_RETRY_SECONDS)
+    elif problem is not None:
+        draft.say("Running", False, *problem)
+    elif len(scheduled) < spec.nodes:
+        draft.say("Running", False, "WorkersPending", f"{len(scheduled)} {count} have a node.")
+    else:
+        running = sum(map(failures.is_running, gang))
+        draft.say("Running", False, "WorkersStarting", f"{running} {count} run.")
+    if holds(draft.status, "Restarting"):
+        return draft.plan("Restarting")
+    if not any(c.type == "Restarting" for c in draft.status.conditions):
+        draft.say("Restarting", False, "NotRestarting")
+    return draft.plan("Starting" if len(scheduled) == spec.nodes else "Pending")
+
+
+def _start_problem(pod: Pod) -> tuple[str, str] | None:
+    """(reason, sentence) of what keeps a pod from starting, in the scheduler's or the kubelet's words."""
+    status = pod.get("status") or {}
+    name = pod["metadata"]["name"]
+    for condition in status.get("conditions") or []:
+        unscheduled = condition.get("type") == "PodScheduled" and condition.get("status") == "False"
+        if unscheduled and condition.get("reason") == "Unschedulable":
+            return "Unschedulable", f"{name}: {condition.get('message') or 'no node fits.'}"
+    for container in (status.get("initContainerStatuses") or []) + (status.get("containerStatuses") or []):
+        waiting = (container.get("state") or {}).get("waiting") or {}
+        if waiting.get("reason", "") not in _HARMLESS_WAITS:
+            return waiting["reason"], f"{name}: {waiting.get('message') or waiting['reason']}"
+    return None
