@@ -11,10 +11,11 @@ import time
 import urllib.request
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import cache
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Lock, Thread
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import botocore.session
 import pytest
@@ -45,17 +46,19 @@ class Minio:
     def bucket(self) -> str:
         """URL of a new, empty bucket."""
         name = f"test-{secrets.token_hex(8)}"
-        session = botocore.session.get_session()
-        client = session.create_client(
-            "s3",
-            region_name="us-east-1",
-            endpoint_url=self.endpoint,
-            aws_access_key_id=self.access_key,
-            aws_secret_access_key=self.secret_key,
-        )
-        client.create_bucket(Bucket=name)
-        client.close()
+        _client(self.endpoint, self.access_key, self.secret_key).create_bucket(Bucket=name)
         return f"s3://{name}"
+
+
+@cache
+def _client(endpoint: str, access_key: str, secret_key: str) -> Any:
+    return botocore.session.get_session().create_client(
+        "s3",
+        region_name="us-east-1",
+        endpoint_url=endpoint,
+        aws_access_key_id=access_key,
+        aws_secret_access_key=secret_key,
+    )
 
 
 @pytest.fixture(scope="session")
@@ -115,7 +118,7 @@ def _free_port() -> int:
 
 @pytest.fixture
 def minio(minio_server: Minio, monkeypatch: pytest.MonkeyPatch) -> Iterator[Minio]:
-    """MinIO with this process's environment set for it: `s3://` URLs work. `minio.bucket()` makes a bucket."""
+    """MinIO with this process's environment set for it: `s3://` URLs work. `bucket()` makes a bucket."""
     for name in [name for name in os.environ if name.startswith("AWS_")]:
         monkeypatch.delenv(name)
     for name, value in minio_server.environment.items():
@@ -130,8 +133,8 @@ def minio(minio_server: Minio, monkeypatch: pytest.MonkeyPatch) -> Iterator[Mini
 class FaultProxy:
     """Passes requests on to an S3 server, but for those that `fault` gives a status for.
 
-    `fault` is called with the method and the path (query included) of each request, one at a time; it may count.
-    `seen` lists "METHOD path status" of all answers.
+    `fault` is called with the method and the path (query included) of each request, one at a time, so it may
+    count. `seen` lists "METHOD path status" of all answers.
     """
 
     endpoint: str

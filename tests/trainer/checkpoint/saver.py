@@ -1,8 +1,8 @@
 """A process that saves step after step, to be killed.  Usage: saver.py URL, then lines on standard input.
 
     run             save from the step after the newest good one on, for ever
-    stop-in STAGE   the same, but stand still at a stage of the second save: `shard` (in the middle of one), `manifest`
-                    (all shards are there)
+    stop-in STAGE   the same, but stand still at a stage of the second save: `shard` (in the middle of one),
+                    `manifest` (all shards are there)
 
 For each line a child is forked, so that torch is imported once; its process id is printed, then what it does.
 """
@@ -15,8 +15,9 @@ import time
 from collections.abc import Iterator
 from itertools import count
 
-from internlm_trainer.checkpoint import Alone, CheckpointStore, Piece, newest_good
 from states import PARAMETERS, open_store, pieces
+
+from internlm_trainer.checkpoint import Alone, CheckpointStore, Piece, newest_good
 
 # Large enough that a save takes a while: 13 MB.
 LARGE = {name: (shape[0] * 1500, *shape[1:]) for name, shape in PARAMETERS.items()}

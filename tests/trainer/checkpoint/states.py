@@ -10,6 +10,7 @@ from threading import Barrier, Thread
 from typing import TypeVar
 
 import torch
+
 from internlm_trainer.checkpoint import (
     Checkpoint,
     CheckpointStore,
@@ -45,7 +46,7 @@ def value(kind: str, parameter: str, shape: tuple[int, ...], step: int) -> torch
 def ranges(
     rank: int, world: int, parameters: Mapping[str, tuple[int, ...]] = PARAMETERS
 ) -> Iterator[tuple[str, int, int]]:
-    """The parts (parameter, start, stop) of a rank when the parameters, end to end, are cut into equal shares."""
+    """The parts (parameter, start, stop) of a rank when all parameters, end to end, are cut equally."""
     total = sum(map(prod, parameters.values()))
     low, high, begin = rank * total // world, (rank + 1) * total // world, 0
     for name, shape in parameters.items():

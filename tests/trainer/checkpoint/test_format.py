@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from datetime import UTC, datetime
+from itertools import pairwise
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from internlm_trainer.checkpoint.errors import BadCheckpoint
 from internlm_trainer.checkpoint.format import (
     ITEM_SIZES,
@@ -36,7 +38,7 @@ ITEM = {"float32": np.dtype("<f4"), "int64": np.dtype("<i8"), "uint8": np.dtype(
 def cut(draw: st.DrawFn, size: int) -> list[tuple[int, int]]:
     """Any partition of [0, size)."""
     bounds = sorted({0, size, *draw(st.lists(st.integers(1, max(size - 1, 1)), max_size=6))})
-    return [(a, b) for a, b in zip(bounds, bounds[1:], strict=False) if b <= size]
+    return [(a, b) for a, b in pairwise(bounds) if b <= size]
 
 
 @st.composite

@@ -6,10 +6,12 @@ import os
 import resource
 import subprocess
 from collections.abc import Iterator
+from io import FileIO
 from pathlib import Path
 
 import pytest
 import torch
+
 from internlm_trainer.checkpoint import Alone, CheckpointStore, Piece, SaveFailed, newest_good
 from trainer.checkpoint.states import open_store
 
@@ -49,6 +51,18 @@ def save(store: CheckpointStore, step: int, mebibytes: int) -> None:
     store.commit(step, entries, {"step": step}, {"w": (2 * size,)})
 
 
+def _write_for_ever(file: FileIO) -> None:
+    while True:
+        file.write(bytes(4096))
+
+
+def fill(disk: Path) -> None:
+    """Take the last byte."""
+    with (disk / "filler").open("wb", buffering=0) as filler:
+        with pytest.raises(OSError, match="No space left"):
+            _write_for_ever(filler)
+
+
 def assert_only(store: CheckpointStore, step: int) -> None:
     found = newest_good(store, Alone())
     assert found is not None
@@ -75,9 +89,7 @@ def test_a_disk_that_is_full_when_the_manifest_is_due_keeps_the_checkpoint_befor
     save(store, 100, mebibytes=2)
     half = torch.zeros(MEBI // 4)
     entry = store.write_shard(200, 0, [Piece("master", "w", 0, len(half), half)])
-    with (disk / "filler").open("wb", buffering=0) as filler, pytest.raises(OSError, match="No space left"):
-        while True:
-            filler.write(bytes(4096))
+    fill(disk)
     with pytest.raises(
         SaveFailed, match=r"step-00000200 could not be saved: writing manifest.json failed: there is no"
     ):
@@ -86,7 +98,8 @@ def test_a_disk_that_is_full_when_the_manifest_is_due_keeps_the_checkpoint_befor
     assert_only(store, 100)
 
 
-def test_a_file_that_may_not_grow_fails_the_save_with_a_sentence_and_loses_nothing(tmp_path, small_files):
+@pytest.mark.usefixtures("small_files")
+def test_a_file_that_may_not_grow_fails_the_save_with_a_sentence_and_loses_nothing(tmp_path):
     store = open_store(str(tmp_path / "folder"))
     save(store, 100, mebibytes=2)
     with pytest.raises(
