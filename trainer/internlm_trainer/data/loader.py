@@ -8,7 +8,7 @@ checkpoint sees exactly the rows that it would have seen without the interruptio
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple
 
@@ -113,8 +113,8 @@ class RowLoader:
         """
         if state.get("version") != _STATE_VERSION:
             raise UserError(
-                f"the checkpoint's data state has version {state.get('version')}, not {_STATE_VERSION}; resume "
-                "it with the version of this software that wrote it"
+                f"the checkpoint's data state has version {state.get('version')}, not {_STATE_VERSION}; "
+                "resume it with the version of this software that wrote it"
             )
         _check_same("training.seed", state["seed"], self._seed)
         _check_same(
@@ -128,8 +128,9 @@ class RowLoader:
             _check_same(f"data.train[{index}].weight", old["weight"], spec.weight)
             if old["fingerprint"] != source.fingerprint:
                 raise UserError(
-                    f"data.train[{index}].path: the data in {spec.path} is not what the checkpoint was trained "
-                    f"on ({old['path']}); put that data back, or start anew with another checkpoint.path"
+                    f"data.train[{index}].path: the data in {spec.path} is not what the checkpoint was "
+                    f"trained on ({old['path']}); put that data back, or start anew with another "
+                    "checkpoint.path"
                 )
         self._drop_prepared()
         self._taken = tuple(int(old["rows"]) for old in saved)
@@ -160,18 +161,13 @@ class RowLoader:
 
     def read(self, places: Sequence[tuple[int, Place]]) -> list[Row]:
         """The rows at `places`, each with its source's number."""
-        wanted = dict.fromkeys(
-            (number, place.file, sample)
-            for number, place in places
-            for sample in self.sources[number].samples_of(place)
-        )
+        cuts = [(number, place.file, *self.sources[number].cut(place)) for number, place in places]
+        wanted = dict.fromkeys((number, file, s) for number, file, samples, _ in cuts for s in samples)
         found = self._samples.get_many(wanted, self._read_samples)
-        rows = []
-        for number, place in places:
-            source = self.sources[number]
-            samples = [found[number, place.file, sample] for sample in source.samples_of(place)]
-            rows.append(pack(samples, source.parts_of(place), self._seq_len, self._packing, number))
-        return rows
+        return [
+            pack([found[number, file, s] for s in samples], parts, self._seq_len, self._packing, number)
+            for number, file, samples, parts in cuts
+        ]
 
     def _read_samples(self, keys: list[_Key]) -> list[Ids]:
         """The samples (source, file, number in the file), each source's with one read."""
@@ -240,8 +236,8 @@ def _advance(taken: Sequence[int], order: Sequence[int]) -> tuple[int, ...]:
 def _check_same(what: str, old: object, new: object) -> None:
     if old != new:
         raise UserError(
-            f"{what} was {old} when the checkpoint was written and is {new} now, which would change the order of "
-            "the data; set it back, or start anew with another checkpoint.path"
+            f"{what} was {old} when the checkpoint was written and is {new} now, which would change the "
+            "order of the data; set it back, or start anew with another checkpoint.path"
         )
 
 

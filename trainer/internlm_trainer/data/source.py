@@ -74,14 +74,11 @@ class Source:
         file = int(np.searchsorted(self._first_rows, row, side="right")) - 1
         return Place(epoch, file, row - int(self._first_rows[file]))
 
-    def parts_of(self, place: Place) -> list[Part]:
-        """What the row consists of."""
-        return row_parts(self._sample_order(place.epoch, place.file)[1], place.row, self._row_tokens)
-
-    def samples_of(self, place: Place) -> list[int]:
-        """The numbers in the file of the samples that `parts_of` are from."""
-        order = self._sample_order(place.epoch, place.file)[0]
-        return [int(order[part.place]) for part in self.parts_of(place)]
+    def cut(self, place: Place) -> tuple[list[int], list[Part]]:
+        """What the row consists of: the numbers in the file of its samples, and the part of each."""
+        order, ends = self._sample_order(place.epoch, place.file)
+        parts = row_parts(ends, place.row, self._row_tokens)
+        return [int(order[part.place]) for part in parts], parts
 
     def read(self, samples: Sequence[tuple[int, int]], vocab_size: int) -> list[Ids]:
         """The ids of whole samples (file, number in the file), checked against meta and vocabulary."""
