@@ -1,0 +1,261 @@
+"""`internlm-operator run`: the operator's process."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import sys
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import kopf
+import typer
+from aiohttp import web
+
+from internlm_operator import __version__, channel, handlers, tls
+from internlm_operator.api import PLURAL
+from internlm_operator.controller import Controller
+from internlm_operator.kube import ApiError, Kube
+from internlm_operator.objects import Settings
+
+OWN_NAMESPACE_FILE = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")
+CRD_POLL_SECONDS = 5.0
+
+logger = logging.getLogger(__name__)
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Runs InternLMJobs on Kubernetes.",
+)
+
+
+class LogFormat(StrEnum):
+    json = "json"
+    text = "text"
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the process was started with."""
+
+    namespaces: list[str]
+    trainer_image: str
+    channel_port: int
+    service_name: str
+    service_namespace: str
+    service_port: int
+    secret_name: str
+    health_port: int
+
+
+@app.callback(invoke_without_command=True)
+def version(
+    show: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
+) -> None:
+    if show:
+        print(__version__)
+        raise typer.Exit
+
+
+@app.command()
+def run(
+    trainer_image: Annotated[
+        str,
+        typer.Option(
+            envvar="INTERNLM_OPERATOR_TRAINER_IMAGE", help="Image of the workers of jobs that name none."
+        ),
+    ],
+    namespace: Annotated[
+        list[str] | None,
+        typer.Option(
+            envvar="INTERNLM_OPERATOR_NAMESPACES",
+            help="Namespace whose jobs to run; may be given several times. Default, and `all`: every one.",
+        ),
+    ] = None,
+    service_name: Annotated[
+        str,
+        typer.Option(
+            envvar="INTERNLM_OPERATOR_SERVICE_NAME",
+            help="Service by which workers reach the channel.",
+        ),
+    ] = "internlm-operator",
+    service_namespace: Annotated[
+        str,
+        typer.Option(
+            envvar="INTERNLM_OPERATOR_SERVICE_NAMESPACE",
+            help="Its namespace, where the channel's certificate is kept too. Default: the operator's own.",
+        ),
+    ] = "",
+    service_port: Annotated[
+        int,
+        typer.Option(envvar="INTERNLM_OPERATOR_SERVICE_PORT", min=1, max=65535, help="The Service's port."),
+    ] = 8443,
+    channel_port: Annotated[
+        int,
+        typer.Option(
+            envvar="INTERNLM_OPERATOR_CHANNEL_PORT",
+            min=1,
+            max=65535,
+            help="Port to serve the channel on.",
+        ),
+    ] = 8443,
+    secret_name: Annotated[
+        str,
+        typer.Option(
+            envvar="INTERNLM_OPERATOR_SECRET_NAME",
+            help="Secret of the channel's certificate authority. Default: SERVICE_NAME-channel.",
+        ),
+    ] = "",
+    liveness: Annotated[
+        int,
+        typer.Option(
+            envvar="INTERNLM_OPERATOR_LIVENESS",
+            min=1,
+            max=65535,
+            help="Port of /healthz and /readyz (HTTP).",
+        ),
+    ] = 8080,
+    log_format: Annotated[
+        LogFormat, typer.Option(envvar="INTERNLM_OPERATOR_LOG_FORMAT", help="Form of the log's lines.")
+    ] = LogFormat.json,
+) -> None:
+    """Watch InternLMJobs and run them, until SIGTERM or Ctrl-C. Jobs go on while no operator runs."""
+    _set_up_logging(log_format)
+    namespaces = [name for name in namespace or [] if name]
+    options = Options(
+        [] if "all" in namespaces else namespaces,
+        trainer_image,
+        channel_port,
+        service_name,
+        service_namespace or _own_namespace(),
+        service_port,
+        secret_name or f"{service_name}-channel",
+        liveness,
+    )
+    try:
+        asyncio.run(serve(options))
+    except (ApiError, tls.SecretError, OSError) as error:
+        logger.error("%s", error)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+async def serve(options: Options) -> None:
+    """Run the operator until a signal, or until a part of it fails.
+
+    Raises ApiError without access to the API server, tls.SecretError for a broken Secret, OSError for a port
+    that is taken.
+    """
+    ready = asyncio.Event()
+    async with await Kube.connect() as kube:
+        health = await channel.serve(_health(ready), options.health_port)
+        try:
+            await _wait_for_crd(kube, options.namespaces)
+            authority = await tls.load_authority(kube, options.service_namespace, options.secret_name)
+            await _serve_jobs(kube, authority, options, ready)
+        finally:
+            await health.cleanup()
+
+
+async def _serve_jobs(kube: Kube, authority: tls.KeyPair, options: Options, ready: asyncio.Event) -> None:
+    names = tls.service_names(options.service_name, options.service_namespace)
+    context = tls.server_context(tls.new_server(authority, names, datetime.now(UTC)))
+    url = f"https://{names[0]}:{options.service_port}"
+    settings = Settings(options.trainer_image, url, authority.certificate_pem.decode())
+    controller = Controller(kube, settings)
+    reports = channel.application(channel.Authenticator(kube, controller), controller)
+    server = await channel.serve(reports, options.channel_port, context)
+    logger.info(
+        "serving %s of %s; job channel at %s", PLURAL, ", ".join(options.namespaces) or "all namespaces", url
+    )
+    stop = asyncio.Event()
+    background = [
+        asyncio.create_task(controller.run(), name="workers"),
+        asyncio.create_task(tls.renew_certificate(context, authority, names), name="certificate"),
+    ]
+    for task in background:
+        # A part that fails takes the process down, and Kubernetes starts it again.
+        task.add_done_callback(lambda _: stop.set())
+    try:
+        await kopf.operator(
+            registry=handlers.registry(controller),
+            settings=handlers.settings(),
+            standalone=True,
+            clusterwide=not options.namespaces,
+            namespaces=options.namespaces,
+            ready_flag=ready,
+            stop_flag=stop,
+        )
+    finally:
+        logger.info("stopping")
+        for task in background:
+            task.cancel()
+        await server.cleanup()
+        for result in await asyncio.gather(*background, return_exceptions=True):
+            if isinstance(result, Exception):
+                raise result
+
+
+async def _wait_for_crd(kube: Kube, namespaces: list[str]) -> None:
+    """kopf looks for the custom resource once, at its start; it may be installed after the operator."""
+    told = False
+    while not await kube.can_list_jobs(namespaces[0] if namespaces else None):
+        if not told:
+            logger.warning("waiting for the CustomResourceDefinition %s to be installed", PLURAL)
+        told = True
+        await asyncio.sleep(CRD_POLL_SECONDS)
+
+
+def _health(ready: asyncio.Event) -> web.Application:
+    async def healthz(_: web.Request) -> web.Response:
+        return web.Response(text="ok\n")
+
+    async def readyz(_: web.Request) -> web.Response:
+        if ready.is_set():
+            return web.Response(text="ok\n")
+        return web.Response(text="starting\n", status=503)
+
+    health = web.Application()
+    health.router.add_get("/healthz", healthz)
+    health.router.add_get("/readyz", readyz)
+    return health
+
+
+def _own_namespace() -> str:
+    try:
+        return OWN_NAMESPACE_FILE.read_text().strip()
+    except OSError:
+        return "default"
+
+
+class _JsonFormatter(logging.Formatter):
+    """One object a line."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        line = {
+            "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "message": record.getMessage(),
+        }
+        if record.exc_info:
+            line["exception"] = self.formatException(record.exc_info)
+        return json.dumps(line)
+
+
+def _set_up_logging(format: LogFormat) -> None:
+    handler = logging.StreamHandler(sys.stderr)
+    text = logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s")
+    handler.setFormatter(_JsonFormatter() if format is LogFormat.json else text)
+    logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
+
+
+def main() -> None:
+    """The console script."""
+    app()

@@ -1,0 +1,343 @@
+"""The shell around `reconcile`: it gathers what there is, asks for a plan and carries it out.
+
+Watch events only fill caches and wake a job's key; a cache may be behind, so a plan that does more than note
+progress is made again on what the API server says at that moment before it is carried out.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+import time
+from collections import defaultdict
+from datetime import UTC, datetime
+from typing import Any
+
+from internlm_operator.api import API_VERSION, KIND
+from internlm_operator.kube import FIELD_MANAGER, ApiError, Kube
+from internlm_operator.merge import merge_patch
+from internlm_operator.objects import JOB_LABEL, Object, Settings, config_map, digest, service
+from internlm_operator.plan import Action, Apply, Create, Delete, Event, Observed, Plan, Refusal
+from internlm_operator.reconcile import reconcile
+from internlm_operator.report import Report
+from internlm_operator.times import stamp
+from internlm_operator.workqueue import RetryError, WorkQueue
+
+Key = tuple[str, str]
+"""(namespace, name) of a job."""
+
+WORKERS = 8
+# Requests of one plan that are under way at once.
+PARALLEL_REQUESTS = 16
+# A watch that was cut off may have lost events; every job that is not finished is read anew this often.
+RESYNC_SECONDS = 300.0
+# Answers to a creation that mean "not like this" or "not now", rather than trouble on the way.
+REFUSALS = (400, 403, 422)
+# At most one reading of all jobs in this time, however many events tell that a watch began anew.
+RELIST_SECONDS = 5.0
+MAX_EVENT_MESSAGE = 1024
+
+logger = logging.getLogger(__name__)
+
+
+class Controller:
+    """Keeps every job's objects and status as `reconcile` wants them."""
+
+    def __init__(self, kube: Kube, settings: Settings) -> None:
+        self._kube = kube
+        self._settings = settings
+        self._jobs: dict[Key, Object] = {}
+        self._pods: dict[Key, dict[str, Object]] = defaultdict(dict)
+        self._reports: dict[Key, tuple[Report, datetime]] = {}
+        self._applied: dict[Key, str] = {}
+        self._refused: dict[Key, Refusal] = {}
+        self._read_at: dict[Key, float] = {}
+        self._reading: dict[Key, set[str]] = {}
+        self._watched: set[str] = set()
+        self._relisted_at = float("-inf")
+        self._queue = WorkQueue(self._reconcile)
+
+    async def run(self) -> None:
+        """Work on jobs until cancelled."""
+        await self._queue.run(WORKERS)
+
+    # What the watches and the job channel tell
+
+    def on_job(self, type: str | None, job: Object) -> None:
+        """A watch event of a job; `type` None for one of an initial list."""
+        key = _key(job, job["metadata"]["name"])
+        known = self._jobs.get(key)
+        if type == "DELETED":
+            self._watched.discard(job["metadata"]["uid"])
+            if known is None or known["metadata"]["uid"] == job["metadata"]["uid"]:
+                self._forget(key)
+        else:
+            self._note_watched(type, job)
+            self._keep_job(key, job)
+            self._queue.add(key)
+
+    def on_pod(self, type: str | None, pod: Object) -> None:
+        """A watch event of a pod with the job's label."""
+        metadata = pod["metadata"]
+        key = _key(pod, (metadata.get("labels") or {}).get(JOB_LABEL, ""))
+        pods = self._pods[key]
+        known = pods.get(metadata["uid"])
+        if type == "DELETED":
+            self._watched.discard(metadata["uid"])
+            pods.pop(metadata["uid"], None)
+            if key in self._reading:
+                self._reading[key].add(metadata["uid"])
+        else:
+            self._note_watched(type, pod)
+            if known is None or _version(known) <= _version(pod):
+                pods[metadata["uid"]] = _slim(pod)
+        if not pods:
+            del self._pods[key]
+        if key in self._jobs:
+            self._queue.add(key)
+
+    def on_report(self, key: Key, report: Report) -> None:
+        """A report that the job channel accepted."""
+        self._reports[key] = (report, datetime.now(UTC))
+        self._queue.add(key)
+
+    def current_attempt(self, key: Key) -> int | None:
+        """Number of the job's last attempt, 0 before the first; None for a job that is not known (yet)."""
+        job = self._jobs.get(key)
+        if job is None:
+            return None
+        attempts = (job.get("status") or {}).get("attempts") or []
+        return int(attempts[-1]["number"]) if attempts else 0
+
+    def find_pod(self, key: Key, name: str) -> Object | None:
+        """The job's pod of this name, if the cache has it."""
+        return next((p for p in self._pods.get(key, {}).values() if p["metadata"]["name"] == name), None)
+
+    # Work on one job
+
+    async def _reconcile(self, key: Key) -> float | None:
+        job = self._jobs.get(key)
+        if job is None:
+            return None
+        stale = time.monotonic() - self._read_at.get(key, float("-inf")) >= RESYNC_SECONDS
+        live = stale and not _is_finished(job)
+        try:
+            if live:
+                job = await self._read(key)
+            plan = reconcile(job, self._observe(key), datetime.now(UTC)) if job else Plan()
+            if plan.important and not live:
+                job = await self._read(key)
+                plan = reconcile(job, self._observe(key), datetime.now(UTC)) if job else Plan()
+            if job is None:
+                return None
+            repeat = await self._carry_out(key, job, plan)
+        except ApiError as error:
+            if error.code == 409:
+                self._read_at.pop(key, None)
+            raise RetryError(str(error)) from error
+        if repeat:
+            return 0.0
+        if _is_finished(job):
+            return plan.wake_after
+        return min(RESYNC_SECONDS, plan.wake_after if plan.wake_after is not None else RESYNC_SECONDS)
+
+    async def _read(self, key: Key) -> Object | None:
+        """Fetch the job and its pods into the caches; None if the job is gone."""
+        namespace, name = key
+        self._reading[key] = set()
+        try:
+            job = await self._kube.get(KIND, namespace, name)
+            pods = await self._kube.pods_of(namespace, name) if job else []
+            gone = self._reading[key]
+        finally:
+            del self._reading[key]
+        if job is None:
+            self._forget(key)
+            return None
+        found = {pod["metadata"]["uid"]: _slim(pod) for pod in pods if pod["metadata"]["uid"] not in gone}
+        if found:
+            self._pods[key] = found
+        else:
+            self._pods.pop(key, None)
+        self._read_at[key] = time.monotonic()
+        return self._keep_job(key, job)
+
+    def _observe(self, key: Key) -> Observed:
+        report, report_time = self._reports.get(key, (None, None))
+        return Observed(
+            settings=self._settings,
+            pods=list(self._pods.get(key, {}).values()),
+            report=report,
+            report_time=report_time,
+            applied=self._applied.get(key, ""),
+            refused=self._refused.get(key),
+        )
+
+    async def _carry_out(self, key: Key, job: Object, plan: Plan) -> bool:
+        """Write the status, then do the actions; True if the outcome should be looked at right away."""
+        if plan.status is not None:
+            patch = merge_patch(job.get("status") or {}, plan.status)
+            if patch:
+                job = self._keep_job(key, await self._kube.patch_status(job, patch))
+        limit = asyncio.Semaphore(PARALLEL_REQUESTS)
+
+        async def limited(action: Action) -> None:
+            async with limit:
+                await self._do(job, action)
+
+        try:
+            for kind, actions in itertools.groupby(plan.actions, type):
+                await _all([limited(action) for action in actions])
+                if kind is Apply:
+                    self._applied[key] = digest(service(job), config_map(job, self._settings))
+                if kind is Create:
+                    self._refused.pop(key, None)
+        except RefusedError as error:
+            known = self._refused.get(key)
+            self._refused[key] = Refusal(error.code, error.message)
+            logger.warning("%s/%s: pods were refused: %s", *key, error.message)
+            return known != self._refused[key]
+        return False
+
+    async def _do(self, job: Object, action: Action) -> None:
+        namespace = job["metadata"]["namespace"]
+        match action:
+            case Apply(manifest):
+                await self._kube.apply(manifest)
+            case Create(manifest):
+                try:
+                    await self._kube.create(manifest)
+                except ApiError as error:
+                    if error.code in REFUSALS:
+                        raise RefusedError(error.code, error.message) from error
+                    raise
+            case Delete(kind, name, uid, grace):
+                logger.info("%s/%s: deletes %s %s", namespace, job["metadata"]["name"], kind, name)
+                await self._kube.delete(kind, namespace, name, uid, grace)
+            case Event(_, reason, message):
+                logger.info("%s/%s: %s: %s", namespace, job["metadata"]["name"], reason, message)
+                try:
+                    await self._kube.create(_event(job, action))
+                except ApiError as error:
+                    logger.warning("%s/%s: no event: %s", namespace, job["metadata"]["name"], error)
+
+    # Caches
+
+    def _keep_job(self, key: Key, job: Object) -> Object:
+        """Cache the job unless a newer version is there; returns what the cache has then."""
+        known = self._jobs.get(key)
+        same = known is not None and known["metadata"]["uid"] == job["metadata"]["uid"]
+        if known is not None and same and _version(known) > _version(job):
+            return known
+        if not same:
+            self._reports.pop(key, None)
+            self._applied.pop(key, None)
+            self._refused.pop(key, None)
+        job = {**job, "metadata": {k: v for k, v in job["metadata"].items() if k != "managedFields"}}
+        self._jobs[key] = job
+        return job
+
+    def _forget(self, key: Key) -> None:
+        caches: list[dict[Key, Any]] = [
+            self._jobs,
+            self._reports,
+            self._applied,
+            self._refused,
+            self._read_at,
+        ]
+        for cache in caches:
+            cache.pop(key, None)
+
+    def _note_watched(self, type: str | None, resource: Object) -> None:
+        """Notice when a watch begins anew: it may have missed deletions, so jobs are read anew."""
+        uid = resource["metadata"]["uid"]
+        again = type is None and uid in self._watched
+        self._watched.add(uid)
+        if not again or time.monotonic() - self._relisted_at < RELIST_SECONDS:
+            return
+        self._relisted_at = time.monotonic()
+        self._watched = {uid}
+        for key, job in self._jobs.items():
+            if not _is_finished(job):
+                self._read_at.pop(key, None)
+                self._queue.add(key, after=1.0)
+
+
+class RefusedError(Exception):
+    """The API server does not take a pod as it is, or not now."""
+
+    def __init__(self, code: int, message: str) -> None:
+        super().__init__(message)
+        self.code = code
+        self.message = message
+
+
+async def _all(coroutines: list[Any]) -> None:
+    """Await all; then raise the first error, so that none is still under way when the next step begins."""
+    for result in await asyncio.gather(*coroutines, return_exceptions=True):
+        if isinstance(result, BaseException):
+            raise result
+
+
+def _key(resource: Object, job_name: str) -> Key:
+    return resource["metadata"]["namespace"], job_name
+
+
+def _is_finished(job: Object) -> bool:
+    return bool((job.get("status") or {}).get("completionTime"))
+
+
+def _version(resource: Object) -> int:
+    """The resourceVersion, a number that grows (documented since Kubernetes 1.35)."""
+    text = resource["metadata"].get("resourceVersion", "")
+    return int(text) if text.isdecimal() else 0
+
+
+_METADATA = (
+    "name",
+    "namespace",
+    "uid",
+    "resourceVersion",
+    "labels",
+    "ownerReferences",
+    "deletionTimestamp",
+    "deletionGracePeriodSeconds",
+)
+_STATUS = ("phase", "reason", "message", "conditions", "containerStatuses", "initContainerStatuses")
+
+
+def _slim(pod: Object) -> Object:
+    """What decisions need of a pod: a tenth of its size."""
+    metadata, status = pod["metadata"], pod.get("status") or {}
+    return {
+        "metadata": {key: metadata[key] for key in _METADATA if key in metadata},
+        "spec": {key: value for key, value in (pod.get("spec") or {}).items() if key == "nodeName"},
+        "status": {key: status[key] for key in _STATUS if key in status},
+    }
+
+
+def _event(job: Object, event: Event) -> Object:
+    metadata, now = job["metadata"], stamp(datetime.now(UTC))
+    return {
+        "apiVersion": "v1",
+        "kind": "Event",
+        "metadata": {"generateName": f"{metadata['name']}.", "namespace": metadata["namespace"]},
+        "involvedObject": {
+            "apiVersion": API_VERSION,
+            "kind": KIND,
+            "name": metadata["name"],
+            "namespace": metadata["namespace"],
+            "uid": metadata["uid"],
+            "resourceVersion": metadata["resourceVersion"],
+        },
+        "type": event.type,
+        "reason": event.reason,
+        "message": event.message[:MAX_EVENT_MESSAGE],
+        "source": {"component": FIELD_MANAGER},
+        "reportingComponent": FIELD_MANAGER,
+        "reportingInstance": FIELD_MANAGER,
+        "firstTimestamp": now,
+        "lastTimestamp": now,
+        "count": 1,
+    }

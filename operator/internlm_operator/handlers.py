@@ -1,0 +1,45 @@
+"""kopf's part: watching jobs and their pods.
+
+Only `on.event` handlers: kopf then writes nothing to the objects, neither finalizers nor annotations.  There
+is no index over pods either; it costs time quadratic in their number, and the controller's caches are by job.
+"""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import kopf
+
+from internlm_operator.api import GROUP, PLURAL, VERSION
+from internlm_operator.controller import Controller
+from internlm_operator.objects import JOB_LABEL, Object
+
+
+def registry(controller: Controller) -> kopf.OperatorRegistry:
+    """Handlers that tell `controller` what the watches see."""
+    registry = kopf.OperatorRegistry()
+
+    @kopf.on.login(registry=registry)
+    def login(**arguments: Any) -> kopf.ConnectionInfo | None:
+        return kopf.login_with_service_account(**arguments) or kopf.login_with_kubeconfig(**arguments)
+
+    @kopf.on.event(GROUP, VERSION, PLURAL, registry=registry)
+    async def job_event(event: kopf.RawEvent, **_: Any) -> None:
+        controller.on_job(event["type"], cast(Object, event["object"]))
+
+    @kopf.on.event("v1", "pods", labels={JOB_LABEL: kopf.PRESENT}, registry=registry)
+    async def pod_event(event: kopf.RawEvent, **_: Any) -> None:
+        controller.on_pod(event["type"], cast(Object, event["object"]))
+
+    return registry
+
+
+def settings() -> kopf.OperatorSettings:
+    """kopf's settings for fixed resources and no more rights than they need."""
+    settings = kopf.OperatorSettings()
+    settings.posting.enabled = False
+    # Looking for new resources and namespaces would need the right to list them all.
+    settings.scanning.disabled = True
+    # The server sends the workers' pods only, not the whole cluster's.
+    settings.watching.label_selectors["v1", "pods"] = JOB_LABEL
+    return settings

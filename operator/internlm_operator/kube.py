@@ -1,0 +1,211 @@
+"""The few calls of the Kubernetes API that the operator makes; objects are dicts, as the API gives them.
+
+The rights that they need, and no others:
+
+| API group             | resources            | verbs                            | where            |
+|-----------------------|----------------------|----------------------------------|------------------|
+| training.internlm.io  | internlmjobs         | get, list, watch, delete         | jobs' namespaces |
+| training.internlm.io  | internlmjobs/status  | patch                            | jobs' namespaces |
+| (core)                | pods                 | get, list, watch, create, delete | jobs' namespaces |
+| (core)                | services, configmaps | create, patch                    | jobs' namespaces |
+| (core)                | events               | create                           | jobs' namespaces |
+| authentication.k8s.io | tokenreviews         | create                           | cluster          |
+| (core)                | secrets              | create, get (by name)            | the operator's   |
+
+Where the admission plugin OwnerReferencesPermissionEnforcement runs, `update` on internlmjobs/finalizers is
+needed too, since the operator sets blockOwnerDeletion.
+"""
+
+from __future__ import annotations
+
+import json
+from types import TracebackType
+from typing import Self
+from urllib.parse import quote
+
+import aiohttp
+from kubernetes.aio import client, config
+
+from internlm_operator.api import API_VERSION, KIND, PLURAL
+from internlm_operator.objects import JOB_LABEL, Object
+
+FIELD_MANAGER = "internlm-operator"
+TIMEOUT_SECONDS = 30
+_RESOURCES = {
+    "Pod": ("/api/v1", "pods"),
+    "Service": ("/api/v1", "services"),
+    "ConfigMap": ("/api/v1", "configmaps"),
+    "Secret": ("/api/v1", "secrets"),
+    "Event": ("/api/v1", "events"),
+    KIND: (f"/apis/{API_VERSION}", PLURAL),
+}
+
+
+class ApiError(Exception):
+    """The API server's refusal; `code` is the HTTP status, 0 where it could not be reached."""
+
+    def __init__(self, code: int, message: str) -> None:
+        super().__init__(f"{code}: {message}" if code else message)
+        self.code = code
+        self.message = message
+
+
+class Kube:
+    """A connection to the API server, from the pod's service account or else the user's kubeconfig.
+
+    Every method raises ApiError where the server refuses or cannot be reached.
+    """
+
+    def __init__(self, api: client.ApiClient) -> None:
+        self._api = api
+
+    @classmethod
+    async def connect(cls) -> Self:
+        """Connect as kubectl would.
+
+        Raises ApiError if there is neither a service account nor a kubeconfig.
+        """
+        configuration = client.Configuration()
+        try:
+            config.load_incluster_config(configuration)  # type: ignore[no-untyped-call]
+        except config.ConfigException:
+            try:
+                await config.load_kube_config(client_configuration=configuration)  # type: ignore[no-untyped-call]
+            except config.ConfigException as error:
+                raise ApiError(0, f"found no service account and no kubeconfig: {error}") from error
+        return cls(client.ApiClient(configuration))
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, type: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        await self._api.close()  # type: ignore[no-untyped-call]
+
+    # Reading
+
+    async def get(self, kind: str, namespace: str, name: str) -> Object | None:
+        """The object; None if there is none."""
+        try:
+            return await self._call("GET", _path(kind, namespace, name))
+        except ApiError as error:
+            if error.code == 404:
+                return None
+            raise
+
+    async def pods_of(self, namespace: str, job_name: str) -> list[Object]:
+        """The pods with the job's label, as they are now."""
+        query = [("labelSelector", f"{JOB_LABEL}={job_name}")]
+        answer = await self._call("GET", _path("Pod", namespace), query=query)
+        return answer.get("items") or []
+
+    async def can_list_jobs(self, namespace: str | None) -> bool:
+        """Whether the API server knows the custom resource."""
+        folder, plural = _RESOURCES[KIND]
+        path = f"{folder}/namespaces/{quote(namespace)}/{plural}" if namespace else f"{folder}/{plural}"
+        try:
+            await self._call("GET", path, query=[("limit", "1")])
+        except ApiError as error:
+            if error.code == 404:
+                return False
+            raise
+        return True
+
+    # Writing
+
+    async def apply(self, manifest: Object) -> None:
+        """Make the object so, whatever it was (server-side apply)."""
+        await self._call(
+            "PATCH",
+            _path(manifest["kind"], manifest["metadata"]["namespace"], manifest["metadata"]["name"]),
+            manifest,
+            query=[("fieldManager", FIELD_MANAGER), ("force", "true")],
+            content_type="application/apply-patch+yaml",
+        )
+
+    async def create(self, manifest: Object) -> Object | None:
+        """Make the object; None if one of this name exists. Unknown fields are refused."""
+        path = _path(manifest["kind"], manifest["metadata"]["namespace"])
+        query = [("fieldManager", FIELD_MANAGER), ("fieldValidation", "Strict")]
+        try:
+            return await self._call("POST", path, manifest, query)
+        except ApiError as error:
+            if error.code == 409:
+                return None
+            raise
+
+    async def delete(
+        self, kind: str, namespace: str, name: str, uid: str, grace_seconds: int | None = None
+    ) -> None:
+        """Delete this very object; one that is gone, or is another one of this name by now, is left alone."""
+        options: Object = {"preconditions": {"uid": uid}, "propagationPolicy": "Background"}
+        if grace_seconds is not None:
+            options["gracePeriodSeconds"] = grace_seconds
+        try:
+            await self._call("DELETE", _path(kind, namespace, name), options)
+        except ApiError as error:
+            if error.code not in (404, 409):
+                raise
+
+    async def patch_status(self, job: Object, patch: Object) -> Object:
+        """Merge `patch` into the job's status, if the job is still the one given (by its resourceVersion).
+
+        Returns the job as it is then.  Raises ApiError with code 409 if it is not.
+        """
+        metadata = job["metadata"]
+        body = {"metadata": {"resourceVersion": metadata["resourceVersion"], "uid": metadata["uid"]}}
+        return await self._call(
+            "PATCH",
+            _path(KIND, metadata["namespace"], metadata["name"]) + "/status",
+            body | {"status": patch},
+            query=[("fieldManager", FIELD_MANAGER)],
+            content_type="application/merge-patch+json",
+        )
+
+    async def review_token(self, token: str, audience: str) -> Object:
+        """The `status` of a TokenReview for this audience."""
+        body = {
+            "apiVersion": "authentication.k8s.io/v1",
+            "kind": "TokenReview",
+            "spec": {"token": token, "audiences": [audience]},
+        }
+        answer = await self._call("POST", "/apis/authentication.k8s.io/v1/tokenreviews", body)
+        return answer.get("status") or {}
+
+    async def _call(
+        self,
+        method: str,
+        path: str,
+        body: Object | None = None,
+        query: list[tuple[str, str]] | None = None,
+        content_type: str = "application/json",
+    ) -> Object:
+        try:
+            request = await self._api.param_serialize(
+                method,
+                path,
+                query_params=query or [],
+                header_params={"Accept": "application/json", "Content-Type": content_type},
+                body=body,
+                auth_settings=["BearerToken"],
+            )
+            response = await self._api.call_api(*request, _request_timeout=TIMEOUT_SECONDS)
+            content = await response.read()  # type: ignore[no-untyped-call]
+        except (aiohttp.ClientError, TimeoutError, OSError) as error:
+            reason = str(error) or type(error).__name__
+            raise ApiError(0, f"the API server cannot be reached: {reason}") from error
+        answer: Object
+        try:
+            answer = json.loads(content) if content else {}
+        except ValueError:
+            answer = {"message": content.decode(errors="replace")[:1024]}
+        if not 200 <= response.status <= 299:
+            raise ApiError(response.status, str(answer.get("message") or "refused without a reason"))
+        return answer
+
+
+def _path(kind: str, namespace: str, name: str | None = None) -> str:
+    folder, plural = _RESOURCES[kind]
+    path = f"{folder}/namespaces/{quote(namespace)}/{plural}"
+    return f"{path}/{quote(name)}" if name is not None else path

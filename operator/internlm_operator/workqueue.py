@@ -1,0 +1,112 @@
+"""A queue of keys for a bounded number of workers; no key is worked on twice at once.
+
+The semantics are those of the work queue of Kubernetes' own controllers
+(https://pkg.go.dev/k8s.io/client-go/util/workqueue): a key that is added while it waits is there once, one
+that is added while it is worked on comes again afterwards, and one whose work failed comes back after a
+growing delay.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import deque
+from collections.abc import Awaitable, Callable, Hashable
+from typing import Generic, TypeVar
+
+MIN_DELAY = 0.2
+MAX_DELAY = 60.0
+
+logger = logging.getLogger(__name__)
+
+
+Key = TypeVar("Key", bound=Hashable)
+
+
+class WorkQueue(Generic[Key]):
+    """Keys wait here until `work` is done on them.
+
+    `work(key)` returns the seconds after which to look at the key again, or None: only when it is added.
+    """
+
+    def __init__(self, work: Callable[[Key], Awaitable[float | None]]) -> None:
+        self._work = work
+        self._ready: deque[Key] = deque()
+        self._waiting: set[Key] = set()
+        self._busy: set[Key] = set()
+        self._again: set[Key] = set()
+        self._timers: dict[Key, asyncio.TimerHandle] = {}
+        self._failures: dict[Key, tuple[int, float]] = {}
+        self._wake = asyncio.Event()
+
+    def add(self, key: Key, after: float = 0.0) -> None:
+        """Work on `key`, after some seconds if given; while its work fails, not before its delay is over."""
+        loop = asyncio.get_running_loop()
+        due = loop.time() + after
+        if key in self._failures:
+            due = max(due, self._failures[key][1])
+        if due > loop.time():
+            timer = self._timers.get(key)
+            if timer is None or timer.when() > due:
+                if timer is not None:
+                    timer.cancel()
+                self._timers[key] = loop.call_at(due, self._due, key)
+        elif key in self._busy:
+            self._again.add(key)
+        elif key not in self._waiting:
+            self._waiting.add(key)
+            self._ready.append(key)
+            self._wake.set()
+
+    def _due(self, key: Key) -> None:
+        del self._timers[key]
+        # Timers may fire a tick early; this one must not be put off again for that.
+        if key in self._failures:
+            count, _ = self._failures[key]
+            self._failures[key] = (count, 0.0)
+        self.add(key)
+
+    async def run(self, workers: int) -> None:
+        """Work until cancelled; what is being worked on then is cancelled too."""
+        async with asyncio.TaskGroup() as group:
+            for _ in range(workers):
+                group.create_task(self._worker())
+
+    async def _worker(self) -> None:
+        while True:
+            while not self._ready:
+                self._wake.clear()
+                await self._wake.wait()
+            key = self._ready.popleft()
+            self._waiting.discard(key)
+            self._busy.add(key)
+            try:
+                await self._work_on(key)
+            finally:
+                self._busy.discard(key)
+            if key in self._again:
+                self._again.discard(key)
+                self.add(key)
+
+    async def _work_on(self, key: Key) -> None:
+        # A wake-up that was asked for before is answered now; the work says when it wants the next.
+        timer = self._timers.pop(key, None)
+        if timer is not None:
+            timer.cancel()
+        try:
+            after = await self._work(key)
+        except Exception as error:
+            count = self._failures.get(key, (0, 0.0))[0] + 1
+            delay = min(MIN_DELAY * 2 ** min(count - 1, 16), MAX_DELAY)
+            self._failures[key] = (count, asyncio.get_running_loop().time() + delay)
+            expected = isinstance(error, RetryError)
+            logger.warning("%s: %s; trying again in %.1f s", key, error, delay, exc_info=not expected)
+            self.add(key)
+        else:
+            self._failures.pop(key, None)
+            if after is not None:
+                self.add(key, after)
+
+
+class RetryError(Exception):
+    """The work could not be done now, for a known reason."""
