@@ -58,9 +58,8 @@ def _write_for_ever(file: FileIO) -> None:
 
 def fill(disk: Path) -> None:
     """Take the last byte."""
-    with (disk / "filler").open("wb", buffering=0) as filler:
-        with pytest.raises(OSError, match="No space left"):
-            _write_for_ever(filler)
+    with (disk / "filler").open("wb", buffering=0) as filler, pytest.raises(OSError, match="No space left"):
+        _write_for_ever(filler)
 
 
 def assert_only(store: CheckpointStore, step: int) -> None:

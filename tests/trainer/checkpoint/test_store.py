@@ -138,8 +138,8 @@ def test_a_shard_that_rank_0_cannot_see_stops_the_commit(url):
     store.folder.remove("step-00000100", "shard-00001.bin")
     with pytest.raises(
         SaveFailed,
-        match=r"checkpoint step-00000100 could not be saved: shard-00001.bin was written, but rank 0 finds none "
-        r"of its \d+ bytes in .*; checkpoint.path must be a folder that all nodes share",
+        match=r"checkpoint step-00000100 could not be saved: shard-00001.bin was written, but rank 0 finds "
+        r"none of its \d+ bytes in .*; checkpoint.path must be a folder that all nodes share",
     ):
         store.commit(100, entries, {}, PARAMETERS)
     assert store.candidates() == []
@@ -174,8 +174,9 @@ def test_a_folder_with_another_models_checkpoints_is_refused_before_the_first_st
     save(open_store(url), 100)
     other = open_store(url, model=MODEL | {"hidden_size": 16, "layers": 3})
     sentence = (
-        f"checkpoint.path: {url} holds checkpoints of another model (step-00000100): hiddenSize is 8 there and "
-        "16 here, layers is 1 there and 3 here; give this model a folder of its own, or the shape that is there"
+        f"checkpoint.path: {url} holds checkpoints of another model (step-00000100): hiddenSize is 8 "
+        "there and 16 here, layers is 1 there and 3 here; give this model a folder of its own, or the shape "
+        "that is there"
     )
     for refused in (other.check_writable, lambda: newest_good(other, Alone())):
         with pytest.raises(UserError, match=re.escape(sentence)):

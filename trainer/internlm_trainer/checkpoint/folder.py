@@ -5,6 +5,7 @@ The only module of the package that touches fsspec.
 
 from __future__ import annotations
 
+import errno
 import itertools
 import logging
 import os
@@ -24,8 +25,7 @@ from internlm_trainer.storage import StorageUnreachableError, explain, join, ope
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 WHAT = "checkpoint.path"
-# There a folder is only the common beginning of names: making one is needless, and s3fs would make the bucket
-# too.
+# There a folder is only the common beginning of names: to make one is needless, and makes the bucket with s3fs.
 OBJECT_STORES = {"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "adl", "oss", "cos", "hf"}
 
 
@@ -36,11 +36,10 @@ def reason(error: BaseException, url: str) -> str:
         return sentence
     response = getattr(error.__cause__, "response", None) or getattr(error, "response", None)
     if isinstance(response, dict) and "Error" in response:
-        status = response.get("ResponseMetadata", {}).get("HTTPStatusCode", "")
-        detail = response["Error"]
-        return f"the store answered {status} {detail.get('Code', '')}: {detail.get('Message', '')}".rstrip(
-            ": "
-        )
+        status = str(response.get("ResponseMetadata", {}).get("HTTPStatusCode", ""))
+        code, message = response["Error"].get("Code", ""), response["Error"].get("Message", "")
+        words = [status] if code in ("", status) else [status, code]  # a HEAD has no code but its status
+        return f"the store answered {' '.join(words)}: {message}"
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     return str(error) or type(error).__name__
@@ -86,6 +85,10 @@ class Folder:
             try:
                 return list(self.fs.ls(path, detail=True))
             except FileNotFoundError:
+                # Some drivers say so when a file goes while they list, and a job must not start afresh for that.
+                with suppress(FileNotFoundError):
+                    self.fs.info(path)
+                    raise BlockingIOError(errno.EAGAIN, "the folder changed while it was listed") from None
                 return []
 
         found: dict[str, int | None] = {}
@@ -112,8 +115,7 @@ class Folder:
         )
 
     def _patiently(self, what: str, work: Callable[[], T]) -> T:
-        """`work()`, again and again with growing pauses, of random length so that ranks do not come in
-        step."""
+        """`work()`, again and again, with growing pauses of random length so that ranks do not come in step."""
         started = time.monotonic()
         for attempt in itertools.count(1):
             try:

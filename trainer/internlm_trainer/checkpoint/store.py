@@ -96,8 +96,8 @@ class CheckpointStore:
     def write_shard(self, step: int, rank: int, pieces: Iterable[Piece]) -> ShardEntry:
         """Stream `pieces` to this rank's shard; what `commit` needs to know of it.
 
-        `pieces` may be a generator that copies each tensor to host memory when its turn comes.  Raises
-        SaveFailed.
+        `pieces` may be a generator that copies each tensor to host memory when its turn comes.  A step that
+        is a good checkpoint already should not be saved again, since that one ends here.  Raises SaveFailed.
         """
         file, entries = shard_name(rank), []
         with _saving(step):
