@@ -1,0 +1,244 @@
+"""The helm chart: what it accepts, how it starts the operator, and which rights it gives."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+import yaml
+
+from cluster import binaries
+from cluster.cluster import Cluster
+from internlm_operator import cli
+
+pytest_plugins = ["cluster.fixtures"]
+
+ROOT = Path(__file__).resolve().parents[2]
+CHART = ROOT / "charts" / "internlm-operator"
+NAMESPACE = "chart-test"
+ACCOUNT = f"system:serviceaccount:{NAMESPACE}:internlm-operator"
+
+
+@pytest.fixture(scope="module")
+def helm() -> str:
+    """A helm: the one on the PATH, or the test cluster's."""
+    found = shutil.which("helm")
+    if found is None:
+        reason = binaries.unavailable(nodes=False)
+        if reason:
+            pytest.skip(f"no helm on the PATH, and none can be built: {reason}")
+        found = str(binaries.ensure(["helm"], binaries.progress())["helm"])
+    return found
+
+
+def render(helm: str, *arguments: str) -> list[dict[str, Any]]:
+    """The chart's objects; RuntimeError with helm's words if it refuses."""
+    done = subprocess.run(
+        [helm, "template", "internlm-operator", str(CHART), f"--namespace={NAMESPACE}", *arguments],
+        capture_output=True,
+        text=True,
+    )
+    if done.returncode:
+        raise RuntimeError(done.stderr)
+    return [document for document in yaml.safe_load_all(done.stdout) if document]
+
+
+def pod_template(objects: list[dict[str, Any]]) -> dict[str, Any]:
+    [deployment] = [o for o in objects if o["kind"] == "Deployment"]
+    template: dict[str, Any] = deployment["spec"]["template"]
+    return template
+
+
+def test_helm_lint_finds_nothing(helm: str) -> None:
+    done = subprocess.run([helm, "lint", "--strict", str(CHART)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+    assert "[WARNING]" not in done.stdout
+
+
+def test_the_install_manifest_is_what_the_chart_makes(helm: str) -> None:
+    specification = importlib.util.spec_from_file_location("install", ROOT / "manifests" / "install.py")
+    assert specification is not None
+    assert specification.loader is not None
+    module = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    committed = (ROOT / "manifests" / "install.yaml").read_text()
+    assert committed == module.install_manifest(helm), "run `make install-manifest` and commit what it writes"
+    kinds = [document["kind"] for document in yaml.safe_load_all(committed)]
+    assert kinds[0] == "Namespace"
+    assert "CustomResourceDefinition" in kinds
+
+
+@pytest.mark.parametrize(
+    ("setting", "sentence"),
+    [
+        ("imagePullPolicy=Never", "additional properties 'imagePullPolicy' not allowed"),
+        ("image.pullpolicy=Never", "additional properties 'pullpolicy' not allowed"),
+        ("image.pullPolicy=Sometimes", "value must be one of 'Always', 'IfNotPresent', 'Never'"),
+        ("image.digest=latest", "does not match pattern"),
+        ("service.port=0", "minimum: got 0, want 1"),
+        ("watchNamespaces={Team_A}", "does not match pattern"),
+        ("crds.enabled=maybe", "got string, want boolean"),
+    ],
+)
+def test_a_value_that_is_wrong_is_refused(helm: str, setting: str, sentence: str) -> None:
+    with pytest.raises(RuntimeError) as refused:
+        render(helm, f"--set={setting}")
+    assert sentence in str(refused.value)
+
+
+def test_images_are_named_by_tag_or_by_digest(helm: str) -> None:
+    digest = "sha256:" + "0" * 64
+    for settings, image in (
+        ([], "internlm-operator:0.1.0"),
+        (["--set-string=image.tag=1"], "internlm-operator:1"),
+        (["--set-string=image.tag=1", f"--set=image.digest={digest}"], f"internlm-operator@{digest}"),
+    ):
+        [container] = pod_template(render(helm, *settings))["spec"]["containers"]
+        assert container["image"] == image
+
+
+def test_the_definition_can_be_left_out_or_kept(helm: str) -> None:
+    def definitions(*arguments: str) -> list[dict[str, Any]]:
+        return [o for o in render(helm, *arguments) if o["kind"] == "CustomResourceDefinition"]
+
+    [kept] = definitions()
+    assert kept["metadata"]["annotations"] == {"helm.sh/resource-policy": "keep"}
+    [removed] = definitions("--set=crds.keep=false")
+    assert "annotations" not in removed["metadata"]
+    assert (
+        removed["spec"] == kept["spec"] == yaml.safe_load((ROOT / "manifests/crd.yaml").read_text())["spec"]
+    )
+    assert definitions("--set=crds.enabled=false") == []
+
+
+def test_the_service_is_where_the_workers_are_told_to_report(helm: str) -> None:
+    rendered = render(helm, "--set=service.port=9443")
+    [service] = [o for o in rendered if o["kind"] == "Service"]
+    template = pod_template(rendered)
+    assert service["spec"]["selector"].items() <= template["metadata"]["labels"].items()
+    [port] = service["spec"]["ports"]
+    assert port["port"] == 9443
+    [container] = template["spec"]["containers"]
+    assert port["targetPort"] in {p["name"] for p in container["ports"]}
+    options = parse(container["args"])
+    assert options["service_name"] == service["metadata"]["name"]
+    assert options["service_namespace"] == service["metadata"]["namespace"] == NAMESPACE
+    assert options["service_port"] == 9443
+    assert options["channel_port"] in {p["containerPort"] for p in container["ports"]}
+
+
+def parse(arguments: list[str]) -> dict[str, Any]:
+    """The command line as the operator reads it; click's UsageError for one that it does not know."""
+    command = typer.main.get_command(cli.app).commands[arguments[0]]  # type: ignore[attr-defined]
+    options: dict[str, Any] = command.make_context(arguments[0], arguments[1:]).params
+    return options
+
+
+def test_the_values_reach_the_operator(helm: str) -> None:
+    settings = ("watchNamespaces={a,b}", "logFormat=text", "trainer.image.repository=registry/trainer")
+    [container] = pod_template(render(helm, *(f"--set={setting}" for setting in settings)))["spec"][
+        "containers"
+    ]
+    options = parse(container["args"])
+    assert options["namespace"] == ["a", "b"]
+    assert options["log_format"].value == "text"
+    assert options["trainer_image"] == "registry/trainer:0.1.0"
+    for probe in ("startupProbe", "livenessProbe", "readinessProbe"):
+        port = container[probe]["httpGet"]["port"]
+        assert {"name": port, "containerPort": options["liveness"]} in container["ports"]
+
+
+@pytest.fixture(scope="module")
+def installed(control_plane: Cluster) -> Iterator[Cluster]:
+    """The chart's rights on a real API server, with two namespaces of jobs; nothing else of it."""
+    for namespace in (NAMESPACE, "chart-test-a", "chart-test-b"):
+        control_plane.kubectl("create", "namespace", namespace)
+    control_plane.kubectl("label", "namespace", NAMESPACE, "pod-security.kubernetes.io/enforce=restricted")
+    control_plane.kubectl("apply", "--filename=manifests/crd.yaml")
+    yield control_plane
+    control_plane.kubectl("delete", "namespace", NAMESPACE, "chart-test-a", "chart-test-b", "--wait=false")
+
+
+@pytest.fixture
+def rights(installed: Cluster, helm: str) -> Iterator[Any]:
+    """Installs the chart's rights with some values; they go away with the test."""
+    applied = []
+
+    def install(*arguments: str) -> Cluster:
+        kinds = ("ServiceAccount", "Role", "ClusterRole", "RoleBinding", "ClusterRoleBinding")
+        wanted = [o for o in render(helm, *arguments) if o["kind"] in kinds]
+        applied.append(json.dumps({"apiVersion": "v1", "kind": "List", "items": wanted}))
+        installed.kubectl("apply", "--filename=-", input=applied[-1])
+        return installed
+
+    yield install
+    for manifest in applied:
+        installed.kubectl("delete", "--filename=-", "--ignore-not-found", input=manifest)
+
+
+def may(cluster: Cluster, what: str, namespace: str) -> bool:
+    """Whether the operator may do it: `verb resource [name]`."""
+    verb, resource, *name = what.split()
+    subresource = resource.partition("/")[2]
+    target = resource.partition("/")[0] + (f"/{name[0]}" if name else "")
+    arguments = ["auth", "can-i", verb, target, f"--as={ACCOUNT}", f"--namespace={namespace}"]
+    if subresource:
+        arguments.append(f"--subresource={subresource}")
+    return cluster.kubectl(*arguments, check=False).strip() == "yes"
+
+
+ALLOWED = (
+    "get internlmjobs", "list internlmjobs", "watch internlmjobs", "delete internlmjobs",
+    "patch internlmjobs/status", "update internlmjobs/finalizers",
+    "get pods", "list pods", "watch pods", "create pods", "delete pods",
+    "create services", "patch services", "create configmaps", "patch configmaps", "create events",
+)  # fmt: skip
+REFUSED = (
+    "create internlmjobs", "update internlmjobs", "patch internlmjobs", "patch pods", "create pods/exec",
+    "get pods/log", "get secrets", "list secrets", "get configmaps", "delete services", "list nodes",
+    "list namespaces", "get serviceaccounts", "create deployments", "create roles", "impersonate users",
+    "* *",
+)  # fmt: skip
+
+
+@pytest.mark.cluster
+def test_the_operator_may_do_what_it_does_and_nothing_else(rights: Any) -> None:
+    cluster = rights()
+    for what in ALLOWED:
+        assert may(cluster, what, "chart-test-a"), what
+    for what in REFUSED:
+        assert not may(cluster, what, "chart-test-a"), what
+    assert may(cluster, "create tokenreviews.authentication.k8s.io", "")
+    assert may(cluster, "create secrets", NAMESPACE)
+    assert may(cluster, "get secrets internlm-operator-channel", NAMESPACE)
+    assert not may(cluster, "get secrets another", NAMESPACE)
+    assert not may(cluster, "create secrets", "chart-test-a")
+
+
+@pytest.mark.cluster
+def test_its_rights_end_at_the_namespaces_that_it_watches(rights: Any) -> None:
+    cluster = rights("--set=watchNamespaces={chart-test-a}")
+    for what in ALLOWED:
+        assert may(cluster, what, "chart-test-a"), what
+        assert not may(cluster, what, "chart-test-b"), what
+        assert not may(cluster, what, NAMESPACE), what
+    assert may(cluster, "create tokenreviews.authentication.k8s.io", "")
+
+
+@pytest.mark.cluster
+def test_the_pod_security_standard_restricted_admits_the_operator(rights: Any, helm: str) -> None:
+    cluster = rights()
+    template = pod_template(render(helm))
+    pod = {"apiVersion": "v1", "kind": "Pod", **template}
+    pod["metadata"] = pod["metadata"] | {"name": "operator", "namespace": NAMESPACE}
+    cluster.kubectl("create", "--dry-run=server", "--filename=-", input=json.dumps(pod))
+    pod["spec"]["containers"][0]["securityContext"]["allowPrivilegeEscalation"] = True
+    with pytest.raises(RuntimeError, match="violates PodSecurity"):
+        cluster.kubectl("create", "--dry-run=server", "--filename=-", input=json.dumps(pod))
