@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -91,6 +92,21 @@ def join(url: str, *parts: str) -> str:
         if part:
             head = head + part if head.endswith("/") else f"{head}/{part}"
     return head + chain + tail
+
+
+def glob_regex(url: str) -> re.Pattern[str]:
+    """What the paths match that a URL with `*`, `?`, `[...]` and `**` stands for, as `fs.glob` reads it."""
+    from fsspec.utils import glob_translate  # type: ignore[import-untyped]
+
+    return re.compile(glob_translate(open_fs(url)[1]))
+
+
+def remove_leftovers(url: str) -> None:
+    """Remove what killed processes left of `write_whole(url)`.  No other process may be writing it."""
+    fs, path = open_fs(url)
+    for name in fs.glob(f"{path}.????????.tmp"):
+        with suppress(FileNotFoundError):
+            fs.rm_file(name)
 
 
 @contextmanager

@@ -75,11 +75,11 @@ class Tokenizer:
             ids += [*self._space_mark_ids, *self._model.encode(part)]
         return ids
 
-    def encode_many(self, texts: Sequence[str], threads: int = 1) -> list[list[int]]:
+    def encode_many(self, texts: Sequence[str], threads: int = 1, *, exact: bool = True) -> list[list[int]]:
         """`encode` of each text, on `threads` threads."""
         encoded: list[list[int]] = self._model.encode(list(texts), num_threads=threads)
         for index, text in enumerate(texts):
-            if _SPACE_MARK in text:
+            if exact and _SPACE_MARK in text:
                 encoded[index] = self.encode(text)
         return encoded
 
