@@ -25,7 +25,7 @@ from internlm_trainer.storage import StorageUnreachableError, explain, join, ope
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 WHAT = "checkpoint.path"
-# There a folder is only the common beginning of names: to make one is needless, and makes the bucket with s3fs.
+# There a folder is only the common beginning of names: making one is needless, and s3fs makes the bucket.
 OBJECT_STORES = {"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "adl", "oss", "cos", "hf"}
 
 
@@ -85,7 +85,7 @@ class Folder:
             try:
                 return list(self.fs.ls(path, detail=True))
             except FileNotFoundError:
-                # Some drivers say so when a file goes while they list, and a job must not start afresh for that.
+                # Some drivers say so when a file goes while they list: no reason to start afresh.
                 with suppress(FileNotFoundError):
                     self.fs.info(path)
                     raise BlockingIOError(errno.EAGAIN, "the folder changed while it was listed") from None
@@ -115,7 +115,7 @@ class Folder:
         )
 
     def _patiently(self, what: str, work: Callable[[], T]) -> T:
-        """`work()`, again and again, with growing pauses of random length so that ranks do not come in step."""
+        """`work()`, again and again, with growing pauses, random so that ranks do not come in step."""
         started = time.monotonic()
         for attempt in itertools.count(1):
             try:
