@@ -11,7 +11,7 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import IO, Any
 
@@ -54,8 +54,8 @@ def decode_sample(line: bytes) -> Ids:
 class BinWriter:
     """Writes samples to a `.bin`; made by `write_bin`."""
 
-    def __init__(self, file: IO[bytes]) -> None:
-        self._file = file
+    def __init__(self, file: IO[bytes], url: str, field: str) -> None:
+        self._file, self._url, self._field = file, url, field
         self._offset = 0
         self._meta: list[tuple[int, int]] = []
         self.tokens = 0
@@ -68,7 +68,8 @@ class BinWriter:
     def write(self, ids: Sequence[int]) -> None:
         """Append one sample: bos and its ids."""
         line = encode_sample(ids)
-        self._file.write(line)
+        with user_errors(self._url, self._field):
+            self._file.write(line)
         self._meta.append((self._offset, len(ids)))
         self._offset += len(line)
         self.tokens += len(ids)
@@ -81,18 +82,21 @@ class BinWriter:
 
 
 @contextmanager
-def write_bin(url: str) -> Iterator[BinWriter]:
-    """Write the `.bin` at `url` and its meta: both appear, whole, when the block ends, the meta last."""
-    fs, _ = open_fs(url)
-    with ExitStack() as stack:
-        file = stack.enter_context(write_whole(url))
-        writer = BinWriter(file)
-        yield writer
-        _, meta_path = open_fs(url + ".meta")
-        if fs.exists(meta_path):  # it must not be taken for the new file's
-            fs.rm_file(meta_path)
-    with write_whole(url + ".meta") as file:
-        file.write(writer.meta())
+def write_bin(url: str, field: str = "output") -> Iterator[BinWriter]:
+    """Write the `.bin` at `url` and its meta: both appear, whole, when the block ends, the meta last.
+
+    An error in the block leaves what was there before.  Storage errors become UserErrors that begin with
+    `field`.
+    """
+    with user_errors(url, field):
+        with write_whole(url) as file:
+            writer = BinWriter(file, url, field)
+            yield writer
+            fs, meta_path = open_fs(url + ".meta")
+            if fs.exists(meta_path):  # it must not be taken for the new file's
+                fs.rm_file(meta_path)
+        with write_whole(url + ".meta") as file:
+            file.write(writer.meta())
 
 
 @dataclass(frozen=True)

@@ -268,8 +268,7 @@ def _tokenize(
             (targets.validation, "data.validation[0].path"),
         ):
             if url:
-                stack.enter_context(user_errors(url, where))
-                writers.append(stack.enter_context(write_bin(url)))
+                writers.append(stack.enter_context(write_bin(url, where)))
         for batch, done in _batches(texts):
             ids = tokenizer.encode_many([text for _, text in batch], threads)
             for (held_out, _), sample in zip(batch, ids, strict=True):

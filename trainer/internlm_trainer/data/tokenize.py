@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Literal
 
@@ -55,9 +54,7 @@ def tokenize_files(
     done = TextProgress("tokenize", 0, len(inputs), 0, sum(sizes.values()))
     written: list[TokenizedFile] = []
     for target, sources in targets.items():
-        with ExitStack() as stack:
-            stack.enter_context(user_errors(target, "output"))
-            writer = stack.enter_context(write_bin(target))
+        with write_bin(target) as writer:
             for source in sources:
                 _tokenize_file(source, tokenizer, writer, _kind(source, sample), text_field, raw, threads)
                 done = TextProgress(
