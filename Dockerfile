@@ -17,9 +17,11 @@ RUN --mount=type=cache,target=/var/cache/pip \
 
 FROM ${OPERATOR_BASE} AS operator
 # Debian marks its Python as its own (PEP 668); in an image of one program there is no other owner.
+# USER: kopf asks for the user's name, and uid 1000 has none in this image.
 ENV PIP_BREAK_SYSTEM_PACKAGES=1 \
     PYTHONDONTWRITEBYTECODE=1 \
-    PYTHONUNBUFFERED=1
+    PYTHONUNBUFFERED=1 \
+    USER=internlm
 RUN --mount=type=bind,from=wheel,source=/wheels,target=/wheels \
     --mount=type=cache,target=/var/cache/pip \
     python3 -m pip --cache-dir /var/cache/pip install --no-compile --root-user-action ignore \
@@ -29,7 +31,7 @@ ENTRYPOINT ["internlm-operator"]
 CMD ["run"]
 
 FROM ${TRAINER_BASE} AS trainer
-# USER: torch asks for the user's name, and uid 1000 has none in this image.
+# torch asks for the user's name too, and writes compiled kernels below the home folder.
 ENV PIP_BREAK_SYSTEM_PACKAGES=1 \
     PYTHONDONTWRITEBYTECODE=1 \
     PYTHONUNBUFFERED=1 \

@@ -1,0 +1,95 @@
+"""The chain's parts, put together once: images by the Dockerfile, the operator by helm, a namespace, data."""
+
+from __future__ import annotations
+
+import subprocess
+import sysconfig
+from pathlib import Path
+
+import pytest
+
+from cluster import binaries, images
+from cluster.cluster import Cluster
+from cluster.controlplane import wait_until
+from e2e.chain import SECRET, Jobs
+
+ROOT = Path(__file__).resolve().parents[2]
+OPERATOR_NAMESPACE = "internlm-system"
+NAMESPACE = "team-a"
+TAGS = {target: f"localhost/internlm-{target}" for target in ("operator", "trainer")}
+# Real text that every machine has: about half a megabyte of Python's standard library.
+TEXTS = ("argparse", "ast", "datetime", "decimal", "doctest", "inspect", "pathlib", "tarfile", "typing")
+
+
+@pytest.fixture(scope="session")
+def torch_layer() -> Path:
+    """torch and what it requires, from the environment that runs the tests."""
+    return images.torch_layer(ROOT / ".venv", binaries.progress())
+
+
+@pytest.fixture(scope="session")
+def built(cluster: Cluster, torch_layer: Path) -> dict[str, Path]:
+    """Both images, built from the Dockerfile and imported into the nodes."""
+    base = {"OPERATOR_BASE": images.BASE_TAG, "TRAINER_BASE": images.BASE_TAG}
+    archives = {}
+    for target, tag in TAGS.items():
+        # torch is there while pip looks what is missing, as it is in the real base image.
+        volumes = {torch_layer: images.TORCH_MOUNT} if target == "trainer" else None
+        archives[target] = images.build(
+            ROOT, target, f"{tag}:e2e", build_args=base, volumes=volumes, log=binaries.progress()
+        )
+        cluster.import_image(archives[target])
+    return archives
+
+
+@pytest.fixture(scope="session")
+def operator(cluster: Cluster, built: dict[str, Path]) -> str:  # noqa: ARG001
+    """The operator, installed by helm as a user would; returns its namespace."""
+    restricted_namespace(cluster, OPERATOR_NAMESPACE)
+    values = {
+        "image.repository": TAGS["operator"],
+        "image.tag": "e2e",
+        "image.pullPolicy": "Never",
+        "trainer.image.repository": TAGS["trainer"],
+        "trainer.image.tag": "e2e",
+    }
+    settings = [f"--set-string={name}={value}" for name, value in values.items()]
+    command = [str(cluster.helm), "install", "internlm-operator", str(ROOT / "charts" / "internlm-operator")]
+    command += [f"--kubeconfig={cluster.kubeconfig}", f"--namespace={OPERATOR_NAMESPACE}", *settings]
+    # Another test of this session may have applied the definition by kubectl.
+    command += ["--take-ownership", "--wait", "--timeout=120s"]
+    done = subprocess.run(
+        command,
+        env={"PATH": "/usr/bin:/bin", "HOME": str(cluster.root)},
+        capture_output=True,
+        text=True,
+    )
+    if done.returncode:
+        about = cluster.kubectl("describe", "pods", f"--namespace={OPERATOR_NAMESPACE}")
+        logs = ("logs", "deployment/internlm-operator", f"--namespace={OPERATOR_NAMESPACE}")
+        pytest.fail(f"{done.stdout}{done.stderr}\n{about}\n{cluster.kubectl(*logs, check=False)}")
+    return OPERATOR_NAMESPACE
+
+
+@pytest.fixture(scope="session")
+def jobs(cluster: Cluster, operator: str, torch_layer: Path) -> Jobs:  # noqa: ARG001
+    """A namespace that admits restricted pods only, with credentials, and raw text in the bucket."""
+    restricted_namespace(cluster, NAMESPACE)
+    credentials = cluster.s3.environment()
+    for name, extra in ((SECRET, {}), ("wrong-credentials", {"AWS_SECRET_ACCESS_KEY": "wrong"})):
+        metadata = {"name": name, "namespace": NAMESPACE}
+        secret = {"apiVersion": "v1", "kind": "Secret", "metadata": metadata}
+        cluster.apply(secret | {"stringData": credentials | extra})
+    found = Jobs(cluster, NAMESPACE, cluster.torch_volume(NAMESPACE, torch_layer))
+    library = Path(sysconfig.get_path("stdlib"))
+    for text in TEXTS:
+        found.store.pipe(found.url(f"text/{text}.txt"), (library / f"{text}.py").read_bytes())
+    return found
+
+
+def restricted_namespace(cluster: Cluster, name: str) -> None:
+    """A namespace in which Pod Security 'restricted' is enforced."""
+    labels = {"pod-security.kubernetes.io/enforce": "restricted"}
+    cluster.apply({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": name, "labels": labels}})
+    account = ("get", "serviceaccount", "default", f"--namespace={name}", "--ignore-not-found", "-o=name")
+    wait_until(lambda: cluster.kubectl(*account), "the default service account", 30)

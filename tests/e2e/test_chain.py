@@ -1,0 +1,172 @@
+"""From a manifest to trained weights, on a real cluster of two nodes: the whole chain, whole and hurt.
+
+Few jobs with many checks each, since every gang's start costs seconds on a small machine.
+"""
+
+from __future__ import annotations
+
+import json
+import tarfile
+from pathlib import Path
+
+import pytest
+
+from cluster.controlplane import wait_until
+from e2e.chain import START_SECONDS, Jobs, rows
+
+pytest_plugins = ["cluster.fixtures"]
+# The first test also waits for the images to be built.
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(900)]
+
+
+def packages(archive: Path, scratch: Path) -> set[str]:
+    """Names of all Python distributions in an image."""
+    found = set()
+    with tarfile.open(archive) as image:
+        [manifest] = json.load(image.extractfile("manifest.json"))  # type: ignore[arg-type]
+        for layer in manifest["Layers"]:
+            image.extract(layer, scratch, filter="data")
+            with tarfile.open(scratch / layer) as content:
+                names = [Path(name) for name in content.getnames()]
+            found |= {path.name.split("-")[0].lower() for path in names if path.name.endswith(".dist-info")}
+            assert not [
+                path for path in names if "__pycache__" in path.parts and "dist-packages" in path.parts
+            ]
+            assert not [path for path in names if path.name == "http-v2" or "pip" in path.parts[:4]]
+    return found
+
+
+def test_the_images_hold_what_each_needs_and_not_torch(built: dict[str, Path], tmp_path: Path) -> None:
+    operator = packages(built["operator"], tmp_path)
+    assert {"kopf", "kubernetes", "internlm_k8s"} <= operator
+    assert not operator & {"torch", "triton", "numpy", "s3fs", "sentencepiece"}
+    trainer = packages(built["trainer"], tmp_path)
+    assert {"s3fs", "sentencepiece", "internlm_k8s"} <= trainer
+    # The base has torch (mounted here): pip may not have brought a second one.
+    assert not trainer & {"torch", "triton", "kopf"}
+    assert not [name for name in trainer if name.startswith("nvidia")]
+    for archive in built.values():
+        with tarfile.open(archive) as image:
+            [manifest] = json.load(image.extractfile("manifest.json"))  # type: ignore[arg-type]
+            config = json.load(image.extractfile(manifest["Config"]))  # type: ignore[arg-type]
+        assert config["config"]["User"] == "1000:1000"
+
+
+def test_a_job_trains_on_two_nodes_and_leaves_nothing_when_deleted(jobs: Jobs, tmp_path: Path) -> None:
+    """Also the uninterrupted run to which the hurt one is compared, so its checkpoints stay."""
+    jobs.apply(jobs.manifest("whole"))
+    with jobs.watched("whole", tmp_path / "watch"):
+        jobs.wait(
+            "whole", lambda status: status.get("workers", {}).get("ready") == 2, "both workers", START_SECONDS
+        )
+        pods = jobs.objects("pods", "whole")
+        status = jobs.wait_phase("whole", "Succeeded", timeout=300)
+
+    assert {pod["spec"]["nodeName"] for pod in pods} == set(jobs.cluster.nodes)
+    for pod in pods:
+        assert pod["spec"]["automountServiceAccountToken"] is False
+        assert status["progress"]["step"] == status["progress"]["totalSteps"] == 300
+    assert status["checkpoint"]["step"] == 300
+    assert status["checkpoint"]["uri"].startswith(jobs.url("checkpoints/whole"))
+    assert status["restarts"] == 0
+    assert jobs.condition("whole", "Succeeded")["status"] == "True"
+    assert {"AttemptStarted", "Running", "Succeeded"} <= {reason for reason, _ in jobs.events("whole")}
+
+    printed = rows((tmp_path / "watch").read_text())
+    phases = [row.phase for row in printed]
+    order = [phase for phase in ("Pending", "Starting", "Running", "Succeeded") if phase in phases]
+    assert order == ["Pending", "Starting", "Running", "Succeeded"], phases
+    assert [phases.index(phase) for phase in order] == sorted(phases.index(phase) for phase in order)
+    steps = [row.step for row in printed]
+    assert steps == sorted(steps)
+    assert len(set(steps)) >= 4
+    losses = [row.loss for row in printed if row.loss is not None]
+    assert losses[-1] < losses[0] - 1
+
+    jobs.kubectl("delete", "ilj", "whole", "--timeout=60s")
+    kinds = "pods,services,configmaps,secrets,events.events.k8s.io,endpointslices"
+    wait_until(
+        lambda: not jobs.objects("pods,services,configmaps,secrets,endpointslices", "whole"),
+        f"all {kinds} of the job to be gone",
+        60,
+    )
+    assert jobs.weights("whole", 300)
+
+
+def test_a_hurt_job_ends_with_the_same_weights_to_the_bit(jobs: Jobs, operator: str) -> None:
+    """A training process killed, the operator killed, the job suspended and resumed, all in mid-run."""
+    cluster, name = jobs.cluster, "hurt"
+    jobs.apply(jobs.manifest(name))
+    jobs.wait(name, lambda status: status.get("checkpoint", {}).get("step", 0) >= 50, "a checkpoint")
+
+    jobs.kill_a_training_process(name, index=1)
+    jobs.wait(name, lambda status: status["restarts"] == 1, "the restart")
+    status = jobs.wait(
+        name,
+        lambda status: status["phase"] == "Running" and status["attempts"][-1].get("endStep", 0) > 0,
+        "the second attempt to train",
+    )
+    failure = status["lastFailure"]
+    assert (failure["pod"], failure["attempt"]) == (f"{name}-worker-1", 1)
+    assert failure["signal"] == 9
+    assert [attempt["number"] for attempt in status["attempts"]] == [1, 2]
+    resumed_from = status["attempts"][1]["startStep"]
+    assert resumed_from >= 50
+    assert resumed_from % 50 == 0
+
+    # Nothing depends on one operator's life: the pods stay the same, and the next one reads on.
+    gang = sorted(pod["metadata"]["uid"] for pod in jobs.objects("pods", name))
+    place = f"--namespace={operator}"
+    cluster.kubectl("delete", "pods", "--all", place, "--force", "--grace-period=0")
+    step = status["progress"]["step"]
+    jobs.wait(name, lambda status: status["progress"]["step"] > step, "news through the next operator")
+    assert sorted(pod["metadata"]["uid"] for pod in jobs.objects("pods", name)) == gang
+    assert jobs.status(name)["restarts"] == 1
+
+    jobs.kubectl("patch", "ilj", name, "--type=merge", "--patch", '{"spec": {"suspend": true}}')
+    suspended = jobs.wait_phase(name, "Suspended")
+    assert jobs.objects("pods", name) == []
+    assert suspended["restarts"] == 1
+    # What was trained before the suspension is not trained again.
+    saved = jobs.status(name)["attempts"][-1]["endStep"]
+    jobs.kubectl("patch", "ilj", name, "--type=merge", "--patch", '{"spec": {"suspend": false}}')
+    status = jobs.wait_phase(name, "Succeeded", timeout=300)
+    assert status["attempts"][-1]["startStep"] == saved
+    assert status["restarts"] == 1
+
+    assert jobs.weights(name, 300) == jobs.weights("whole", 300)
+    jobs.kubectl("delete", "ilj", name)
+
+
+def test_a_mistake_in_the_manifest_is_refused_with_a_sentence_that_teaches(jobs: Jobs) -> None:
+    with pytest.raises(RuntimeError) as refused:
+        jobs.apply(jobs.manifest("mistake", parallel__zero__optimizer=3))
+    assert "spec.parallel.zero.optimizer" in str(refused.value)
+    assert "must divide the number of data-parallel ranks" in str(refused.value)
+    assert "use one of its divisors, or -1 for all of them" in str(refused.value)
+    with pytest.raises(RuntimeError, match="unknown field"):
+        jobs.apply(jobs.manifest("mistake", training__stepz=7))
+
+
+def test_bad_input_fails_the_job_at_once_with_the_trainers_sentence(jobs: Jobs) -> None:
+    alone: dict[str, object] = {"nodes": 1, "processesPerNode": 1, "parallel": {}}
+    wrong = {"spec": jobs.pod("wrong-credentials")}
+    cases: dict[str, tuple[dict[str, object], str]] = {
+        "no-bucket": (
+            jobs.manifest("no-bucket", **alone, checkpoint__path="s3://no-such-bucket/x"),
+            "no-such-bucket",
+        ),
+        "no-access": (jobs.manifest("no-access", **alone, template=wrong), "credentials"),
+        "other-tokenizer": (jobs.manifest("other-tokenizer", **alone, model__vocabSize=1024), "vocab"),
+    }
+    for manifest, _ in cases.values():
+        jobs.apply(manifest)
+    for name, (_, word) in cases.items():
+        wait_until(lambda: jobs.status(name).get("phase") == "Failed", f"{name} to fail", START_SECONDS)  # noqa: B023
+        failed = jobs.condition(name, "Failed")
+        assert failed["status"] == "True", jobs.story(name)
+        assert failed["reason"] == "UserError", jobs.story(name)
+        assert word in failed["message"]
+        assert ("UserError", failed["message"]) in jobs.events(name)
+        assert jobs.status(name)["restarts"] == 0
+        jobs.kubectl("delete", "ilj", name)
