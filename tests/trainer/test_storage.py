@@ -20,6 +20,7 @@ from internlm_trainer.storage import (
     is_local,
     join,
     open_fs,
+    remove_leftovers,
     user_errors,
     write_whole,
 )
@@ -287,3 +288,13 @@ def test_a_process_killed_while_writing_leaves_the_old_file(tmp_path: Path) -> N
     )
     assert subprocess.run([sys.executable, "-c", script, url]).returncode == -signal.SIGKILL
     assert read(url) == b"old"
+
+
+def test_what_a_killed_writer_left_is_removed_and_nothing_else(tmp_path: Path) -> None:
+    folder = tmp_path / "with [brackets]"
+    folder.mkdir()
+    for name in ("x.0a1b2c3d.tmp", "x.e4f5a6b7.tmp", "x", "x.tmp", "y.0a1b2c3d.tmp", "x.notes.tmp"):
+        (folder / name).write_text("")
+    remove_leftovers(str(folder / "x"))
+    assert sorted(p.name for p in folder.iterdir()) == ["x", "x.notes.tmp", "x.tmp", "y.0a1b2c3d.tmp"]
+    remove_leftovers(str(tmp_path / "no such folder" / "x"))

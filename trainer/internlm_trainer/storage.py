@@ -104,9 +104,12 @@ def glob_regex(url: str) -> re.Pattern[str]:
 def remove_leftovers(url: str) -> None:
     """Remove what killed processes left of `write_whole(url)`.  No other process may be writing it."""
     fs, path = open_fs(url)
-    for name in fs.glob(f"{path}.????????.tmp"):
-        with suppress(FileNotFoundError):
-            fs.rm_file(name)
+    folder, _, name = path.rpartition("/")
+    leftover = re.compile(re.escape(name) + r"\.[0-9a-f]{8}\.tmp")
+    with suppress(FileNotFoundError, NotADirectoryError):
+        for found in fs.ls(folder, detail=False):
+            if leftover.fullmatch(found.rsplit("/", 1)[-1]):
+                fs.rm_file(found)
 
 
 @contextmanager

@@ -7,11 +7,13 @@ all is there.
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -21,7 +23,7 @@ from numpy.typing import NDArray
 from internlm_trainer.config import PrepareSpec, TrainSpec, model_shape
 from internlm_trainer.data.bin_format import BinWriter, write_bin
 from internlm_trainer.data.progress import Report, TextProgress, silent
-from internlm_trainer.data.text_files import TextFile, find_files, samples_of
+from internlm_trainer.data.text_files import NotTextError, TextFile, find_files, samples_of
 from internlm_trainer.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer, train_tokenizer
 from internlm_trainer.errors import UserError
 from internlm_trainer.storage import join, open_fs, remove_leftovers, user_errors, write_whole
@@ -90,10 +92,9 @@ def prepare(spec: TrainSpec, progress: Report = silent, threads: int = 2) -> Pre
     else:
         targets.check_unused()
     files = find_files(settings.text, settings.exclude)
-    for url in (spec.data.tokenizer, targets.train, targets.validation, targets.marker):
-        if url:
-            with user_errors(url, "data.prepare"):
-                remove_leftovers(url)
+    for url in (*targets.files, targets.marker):
+        with user_errors(url, "data.prepare"):
+            remove_leftovers(url)
     texts = _Texts(files, settings, holds_out=targets.validation is not None)
     tokenizer = _make_tokenizer(spec, texts, wanted["vocabSize"], progress)
     made = _tokenize(targets, texts, tokenizer, progress, threads)
@@ -118,12 +119,15 @@ class _Targets:
         path = spec.data.train[0].path
         self.marker = f"{path}.{MARKER}" if path.endswith(".bin") else join(path, MARKER)
 
+    @property
+    def files(self) -> list[str]:
+        """All files but the marker."""
+        bins = [url for url in (self.train, self.validation) if url]
+        return [self.tokenizer, *bins, *(url + ".meta" for url in bins)]
+
     def are_there(self) -> bool:
         """Whether all files exist."""
-        urls = [self.tokenizer]
-        for url in filter(None, (self.train, self.validation)):
-            urls += [url, url + ".meta"]
-        return all(fs.exists(path) for fs, path in map(open_fs, urls))
+        return all(fs.exists(path) for fs, path in map(open_fs, self.files))
 
     def check_unused(self) -> None:
         """Raises UserError if a folder holds tokenized data that `prepare` did not write."""
@@ -214,8 +218,8 @@ class _Texts:
         with user_errors(file.path, "data.prepare.text"):
             content = file.read()
         try:
-            samples = list(samples_of(content, self._kind, file.path))
-        except UnicodeDecodeError:
+            samples = list(samples_of(io.BytesIO(content), self._kind, file.path))
+        except NotTextError:
             if file.name not in self.unreadable:
                 self.unreadable.append(file.name)
                 logger.warning("%s is not UTF-8 text and is left out", file.path)
@@ -273,8 +277,9 @@ def _tokenize(
             ids = tokenizer.encode_many([text for _, text in batch], threads)
             for (held_out, _), sample in zip(batch, ids, strict=True):
                 writers[held_out].write([tokenizer.bos, *sample])
-                if not held_out:
-                    counts += np.bincount(sample, minlength=len(counts))
+            learned = [sample for (held_out, _), sample in zip(batch, ids, strict=True) if not held_out]
+            learned_ids = np.fromiter(chain.from_iterable(learned), dtype=np.int64)
+            counts += np.bincount(learned_ids, minlength=len(counts))
             progress(replace(done, tokens=sum(writer.tokens for writer in writers)))
         _check_split(writers)
     train, *validation = [{"samples": writer.samples, "tokens": writer.tokens} for writer in writers]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from typing import NamedTuple, TypeVar
 
 import numpy as np
@@ -57,7 +58,7 @@ class Source:
         """Tokens in all files, with those that an epoch leaves over."""
         return sum(file.tokens for file in self.files)
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
         """Names the data: the same wherever the folder lies, another one for other samples or lengths."""
         digest = xxhash.xxh3_128()

@@ -7,7 +7,7 @@ import json
 import os
 import re
 import sysconfig
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -102,27 +102,30 @@ def _matches(regex: re.Pattern[str], path: str) -> bool:
     return any(regex.match("/".join(parts[:end])) for end in range(1, len(parts) + 1))
 
 
+class NotTextError(UserError):
+    """A file that is not UTF-8."""
+
+
 def samples_of(
-    content: bytes, kind: SampleKind, name: str, text_field: str = "text", raw: bool = False
+    content: Iterable[bytes], kind: SampleKind, name: str, text_field: str = "text", raw: bool = False
 ) -> Iterator[str]:
-    """The texts of a file's samples; `name` is how errors call it.
+    """The texts of a file's samples.
+
+    content: the file's lines, each with its newline; an open binary file is such.  name: how errors call it.
 
     A line is stripped, and blank ones are no samples.  Of a JSON record the field `text_field` is taken;
     `raw` takes its JSON text instead, as InternLM's tokenizing tool does (a jsonl line then keeps its
-    newline).  Raises UnicodeDecodeError if it is not UTF-8 and UserError, with the line, if it is no
-    such JSON.
+    newline).  Raises NotTextError if it is not UTF-8 and UserError, with the line, if it is no such JSON.
     """
-    if kind == "file":
-        text = content.decode("utf-8")
-        if text:
+    if kind in ("file", "json"):
+        # Newlines stay what they are in a file that is one sample.
+        text = "".join(text for _, text in _decoded(content, name))
+        if kind == "json":
+            yield from _json_samples(text, name, text_field, raw)
+        elif text:
             yield text
         return
-    if kind == "json":
-        yield from _json_samples(content.decode("utf-8"), name, text_field, raw)
-        return
-    # Strict decoding before the first sample: a file is taken whole or not at all.
-    lines = io.StringIO(content.decode("utf-8"), newline=None)
-    for number, line in enumerate(lines, start=1):
+    for number, line in _lines(content, name):
         if kind == "line":
             if stripped := line.strip():
                 yield stripped
@@ -135,6 +138,25 @@ def samples_of(
             except ValueError as error:
                 raise UserError(f"{place}: not JSON ({error}); correct it, or tokenize it as text") from error
             yield _text_of(record, place, text_field)
+
+
+def _decoded(content: Iterable[bytes], name: str) -> Iterator[tuple[int, str]]:
+    for number, line in enumerate(content, start=1):
+        try:
+            yield number, line.decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise NotTextError(
+                f"{name}, line {number}: not UTF-8 text; convert the file, or leave it out"
+            ) from error
+
+
+def _lines(content: Iterable[bytes], name: str) -> Iterator[tuple[int, str]]:
+    """Lines as Python reads a text file: `\\r\\n` and a single `\\r` end a line like `\\n`."""
+    for number, line in _decoded(content, name):
+        if "\r" not in line:
+            yield number, line
+        else:
+            yield from ((number, part) for part in io.StringIO(line, newline=None))
 
 
 def _json_samples(content: str, name: str, text_field: str, raw: bool) -> Iterator[str]:
