@@ -110,6 +110,7 @@ class Draft:
         self.status: JobStatus = parse_status(job.get("status"))
         self.actions: list[Action] = []
         self.wake_after: float | None = None
+        self.urgent = False
         # A pod that only carries our label is not ours, and neither is one of a deleted job of this name.
         self.pods = sorted(
             (pod for pod in observed.pods if owner_of(pod) == job["metadata"]["uid"]), key=failures.index_of
@@ -157,7 +158,7 @@ class Draft:
         new = dump_status(status)
         if new == self.job.get("status"):
             return Plan(None, self.actions, self.wake_after, bool(self.actions))
-        important = bool(self.actions) or not only_progress_changed(self.stored, status)
+        important = self.urgent or bool(self.actions) or not only_progress_changed(self.stored, status)
         due = progress_write_due(self.stored, self.now)
         if not important and due > 0:
             self.wake(due)

@@ -105,6 +105,8 @@ def _note_progress(draft: Draft) -> None:
         of_last = pod["metadata"]["labels"].get(objects.ATTEMPT_LABEL) == str(last.number)
         if of_last and word is not None and word.reason in ("Completed", "Stopped") and word.step is not None:
             take_last_step(status, word.step)
+            # The pod goes soon, and its message with it.
+            draft.urgent |= word.step > (draft.stored.attempts[-1].end_step or 0)
 
 
 # The end of the job
