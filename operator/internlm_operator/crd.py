@@ -43,7 +43,7 @@ COLUMNS = (
     ("Phase", "string", ".status.phase", False),
     ("Step", "string", ".status.progressText", False),
     ("Loss", "number", ".status.progress.loss", False),
-    ("Tok/s", "number", ".status.progress.tokensPerSecond", False),
+    ("Tok/s", "integer", ".status.progress.tokensPerSecond", False),
     ("Checkpoint", "date", ".status.checkpoint.time", False),
     ("Restarts", "integer", ".status.restarts", False),
     ("Nodes", "integer", ".spec.nodes", True),

@@ -16,6 +16,7 @@ import yaml
 
 from cluster import binaries
 from cluster.cluster import Cluster
+from cluster.controlplane import wait_until
 from internlm_operator import cli
 
 pytest_plugins = ["cluster.fixtures"]
@@ -242,3 +243,20 @@ def test_the_pod_security_standard_restricted_admits_the_operator(rights: Any, h
     pod["spec"]["containers"][0]["securityContext"]["allowPrivilegeEscalation"] = True
     with pytest.raises(RuntimeError, match="violates PodSecurity"):
         cluster.kubectl("create", "--dry-run=server", "--filename=-", input=json.dumps(pod))
+
+
+@pytest.mark.cluster
+def test_kubectl_installs_and_removes_all_of_it_with_one_file(control_plane: Cluster) -> None:
+    control_plane.kubectl("apply", "--filename=manifests/install.yaml")
+    try:
+        image = "--output=jsonpath={.items[*].spec.containers[*].image}"
+        pods = ("get", "pods", "--namespace=internlm-system", image)
+        # The namespace enforces 'restricted': that there is a pod says that it was admitted.
+        wait_until(
+            lambda: control_plane.kubectl(*pods) == "internlm-operator:0.1.0", "the operator's pod", 30
+        )
+        assert "KIND" in control_plane.kubectl("explain", "internlmjob.spec.training.optimizer.lr")
+    finally:
+        control_plane.kubectl("delete", "--filename=manifests/install.yaml", "--timeout=60s")
+    kinds = "customresourcedefinitions,clusterroles,clusterrolebindings"
+    assert "internlm" not in control_plane.kubectl("get", kinds, "--output=name")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sysconfig
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -42,9 +43,9 @@ def built(cluster: Cluster, torch_layer: Path) -> dict[str, Path]:
     return archives
 
 
-@pytest.fixture(scope="session")
-def operator(cluster: Cluster, built: dict[str, Path]) -> str:  # noqa: ARG001
-    """The operator, installed by helm as a user would; returns its namespace."""
+@pytest.fixture(scope="module")
+def operator(cluster: Cluster, built: dict[str, Path]) -> Iterator[str]:  # noqa: ARG001
+    """The operator, installed by helm as a user would, while the module's tests run; gives its namespace."""
     restricted_namespace(cluster, OPERATOR_NAMESPACE)
     values = {
         "image.repository": TAGS["operator"],
@@ -54,25 +55,34 @@ def operator(cluster: Cluster, built: dict[str, Path]) -> str:  # noqa: ARG001
         "trainer.image.tag": "e2e",
     }
     settings = [f"--set-string={name}={value}" for name, value in values.items()]
-    command = [str(cluster.helm), "install", "internlm-operator", str(ROOT / "charts" / "internlm-operator")]
-    command += [f"--kubeconfig={cluster.kubeconfig}", f"--namespace={OPERATOR_NAMESPACE}", *settings]
-    # Another test of this session may have applied the definition by kubectl.
-    command += ["--take-ownership", "--wait", "--timeout=120s"]
+    chart = str(ROOT / "charts" / "internlm-operator")
+    try:
+        # Another test of this session may have applied the definition by kubectl.
+        helm(cluster, "install", "internlm-operator", chart, *settings, "--take-ownership", "--timeout=120s")
+    except RuntimeError as error:
+        about = cluster.kubectl("describe", "pods", f"--namespace={OPERATOR_NAMESPACE}")
+        logs = ("logs", "deployment/internlm-operator", f"--namespace={OPERATOR_NAMESPACE}")
+        pytest.fail(f"{error}\n{about}\n{cluster.kubectl(*logs, check=False)}")
+    yield OPERATOR_NAMESPACE
+    helm(cluster, "uninstall", "internlm-operator")
+    cluster.kubectl("delete", "namespace", OPERATOR_NAMESPACE)
+
+
+def helm(cluster: Cluster, command: str, *arguments: str) -> None:
+    """Run helm in the operator's namespace and wait for what it did; RuntimeError with its words if it fails."""
     done = subprocess.run(
-        command,
+        [str(cluster.helm), command, *arguments, f"--kubeconfig={cluster.kubeconfig}"]
+        + [f"--namespace={OPERATOR_NAMESPACE}", "--wait"],
         env={"PATH": "/usr/bin:/bin", "HOME": str(cluster.root)},
         capture_output=True,
         text=True,
     )
     if done.returncode:
-        about = cluster.kubectl("describe", "pods", f"--namespace={OPERATOR_NAMESPACE}")
-        logs = ("logs", "deployment/internlm-operator", f"--namespace={OPERATOR_NAMESPACE}")
-        pytest.fail(f"{done.stdout}{done.stderr}\n{about}\n{cluster.kubectl(*logs, check=False)}")
-    return OPERATOR_NAMESPACE
+        raise RuntimeError(f"{done.stdout}{done.stderr}")
 
 
-@pytest.fixture(scope="session")
-def jobs(cluster: Cluster, operator: str, torch_layer: Path) -> Jobs:  # noqa: ARG001
+@pytest.fixture(scope="module")
+def jobs(cluster: Cluster, operator: str, torch_layer: Path) -> Iterator[Jobs]:  # noqa: ARG001
     """A namespace that admits restricted pods only, with credentials, and raw text in the bucket."""
     restricted_namespace(cluster, NAMESPACE)
     credentials = cluster.s3.environment()
@@ -84,7 +94,9 @@ def jobs(cluster: Cluster, operator: str, torch_layer: Path) -> Jobs:  # noqa: A
     library = Path(sysconfig.get_path("stdlib"))
     for text in TEXTS:
         found.store.pipe(found.url(f"text/{text}.txt"), (library / f"{text}.py").read_bytes())
-    return found
+    yield found
+    cluster.kubectl("delete", "ilj", "--all", f"--namespace={NAMESPACE}", "--timeout=60s")
+    cluster.kubectl("delete", "namespace", NAMESPACE)
 
 
 def restricted_namespace(cluster: Cluster, name: str) -> None:
