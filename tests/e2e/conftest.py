@@ -65,14 +65,14 @@ def operator(cluster: Cluster, built: dict[str, Path]) -> Iterator[str]:  # noqa
         pytest.fail(f"{error}\n{about}\n{cluster.kubectl(*logs, check=False)}")
     yield OPERATOR_NAMESPACE
     helm(cluster, "uninstall", "internlm-operator")
-    cluster.kubectl("delete", "namespace", OPERATOR_NAMESPACE)
+    cluster.kubectl("delete", "namespace", OPERATOR_NAMESPACE, "--wait=false")
 
 
 def helm(cluster: Cluster, command: str, *arguments: str) -> None:
-    """Run helm in the operator's namespace and wait for what it did; RuntimeError with its words if it fails."""
+    """Run helm in the operator's namespace and wait for the outcome; RuntimeError with its words."""
+    place = (f"--kubeconfig={cluster.kubeconfig}", f"--namespace={OPERATOR_NAMESPACE}")
     done = subprocess.run(
-        [str(cluster.helm), command, *arguments, f"--kubeconfig={cluster.kubeconfig}"]
-        + [f"--namespace={OPERATOR_NAMESPACE}", "--wait"],
+        [str(cluster.helm), command, *arguments, *place, "--wait"],
         env={"PATH": "/usr/bin:/bin", "HOME": str(cluster.root)},
         capture_output=True,
         text=True,
@@ -96,7 +96,7 @@ def jobs(cluster: Cluster, operator: str, torch_layer: Path) -> Iterator[Jobs]: 
         found.store.pipe(found.url(f"text/{text}.txt"), (library / f"{text}.py").read_bytes())
     yield found
     cluster.kubectl("delete", "ilj", "--all", f"--namespace={NAMESPACE}", "--timeout=60s")
-    cluster.kubectl("delete", "namespace", NAMESPACE)
+    cluster.kubectl("delete", "namespace", NAMESPACE, "--wait=false")
 
 
 def restricted_namespace(cluster: Cluster, name: str) -> None:
