@@ -51,7 +51,7 @@ class Jobs:
             "model": {"layers": 2, "hiddenSize": 64, "heads": 4, "vocabSize": 512, "seqLen": 128},
             "data": {
                 "tokenizer": self.url("tokenizer.model"),
-                "prepare": {"text": [self.url("text/**/*.txt")]},
+                "prepare": {"text": [self.url("text/**/*.txt")], "sample": "line", "validationPercent": 5},
                 "train": [{"path": self.url("train")}],
                 "validation": [{"path": self.url("valid")}],
             },

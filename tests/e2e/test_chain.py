@@ -149,24 +149,26 @@ def test_a_mistake_in_the_manifest_is_refused_with_a_sentence_that_teaches(jobs:
 
 
 def test_bad_input_fails_the_job_at_once_with_the_trainers_sentence(jobs: Jobs) -> None:
-    alone: dict[str, object] = {"nodes": 1, "processesPerNode": 1, "parallel": {}}
-    wrong = {"spec": jobs.pod("wrong-credentials")}
+    """On data and checkpoints that the first job made, each time with one thing wrong."""
+    alone: dict[str, object] = {"nodes": 1, "processesPerNode": 1, "parallel": {}, "data__prepare": None}
+    taken = jobs.url("checkpoints/whole")
     cases: dict[str, tuple[dict[str, object], str]] = {
-        "no-bucket": (
-            jobs.manifest("no-bucket", **alone, checkpoint__path="s3://no-such-bucket/x"),
-            "no-such-bucket",
+        "no-bucket": ({"checkpoint__path": "s3://no-such-bucket/x"}, "the bucket of s3://no-such-bucket"),
+        "no-access": (
+            {"template": {"spec": jobs.pod("wrong-credentials")}},
+            "the store refuses the credentials",
         ),
-        "no-access": (jobs.manifest("no-access", **alone, template=wrong), "credentials"),
-        "other-tokenizer": (jobs.manifest("other-tokenizer", **alone, model__vocabSize=1024), "vocab"),
+        "no-data": ({"data__train": [{"path": jobs.url("nothing")}]}, "nothing does not exist"),
+        "other-tokenizer": ({"model__vocabSize": 1024}, "spec.model.vocabSize"),
+        "other-model": ({"model__layers": 3, "checkpoint__path": taken}, "layers"),
     }
-    for manifest, _ in cases.values():
-        jobs.apply(manifest)
-    for name, (_, word) in cases.items():
+    for name, (changes, _) in cases.items():
+        jobs.apply(jobs.manifest(name, **alone, **changes))
+    for name, (_, sentence) in cases.items():
         wait_until(lambda: jobs.status(name).get("phase") == "Failed", f"{name} to fail", START_SECONDS)  # noqa: B023
         failed = jobs.condition(name, "Failed")
-        assert failed["status"] == "True", jobs.story(name)
-        assert failed["reason"] == "UserError", jobs.story(name)
-        assert word in failed["message"]
+        assert (failed["status"], failed["reason"]) == ("True", "UserError"), jobs.story(name)
+        assert sentence in failed["message"], jobs.story(name)
         assert ("UserError", failed["message"]) in jobs.events(name)
         assert jobs.status(name)["restarts"] == 0
         jobs.kubectl("delete", "ilj", name)
