@@ -254,6 +254,8 @@ def _set_up_logging(format: LogFormat) -> None:
     text = logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s")
     handler.setFormatter(_JsonFormatter() if format is LogFormat.json else text)
     logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
+    # kopf has a line for each event that it hands on.
+    logging.getLogger("kopf.objects").setLevel(logging.WARNING)
 
 
 def main() -> None:

@@ -35,6 +35,7 @@ PLANNED = frozenset(
         "TerminationByKubelet",
         "DeletionByTaintManager",
         "Suspended",
+        "SpecChanged",
     }
 )
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from internlm_operator.api import API_VERSION, GROUP, KIND, JobSpec
+from internlm_operator.api import API_VERSION, FROZEN, GROUP, KIND, JobSpec
 from internlm_operator.failures import CONTAINER
 from internlm_operator.merge import strategic_merge
 
@@ -92,6 +92,12 @@ def config_map(job: Object, settings: Settings) -> Object:
 def digest(*objects: Object) -> str:
     """Equal for equal objects."""
     return hashlib.sha256(json.dumps(objects, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def spec_digest(spec: JobSpec) -> str:
+    """Equal for specs that make the same gang and train the same way; a field left at its default says nothing."""
+    content = spec.model_dump(mode="json", by_alias=True, exclude_defaults=True)
+    return digest({name: content[name] for name in FROZEN if name in content})
 
 
 def worker_pod(job: Object, spec: JobSpec, attempt: int, index: int, settings: Settings) -> Object:

@@ -62,6 +62,7 @@ def reconcile(job: Object, observed: Observed, now: datetime) -> Plan:
         return _fail(draft, "InvalidSpec", "; ".join(error.sentences))
     draft.status.workers.desired = spec.nodes
 
+    _end_if_changed(draft, spec)
     gang = draft.gang()
     if len(gang) == spec.nodes and all(map(failures.has_succeeded, gang)):
         return _succeed(draft)
@@ -201,6 +202,15 @@ def _not_finished(draft: Draft) -> None:
 # Failure and restart
 
 
+def _end_if_changed(draft: Draft, spec: JobSpec) -> None:
+    """End an attempt made of another spec: the job was suspended, edited and resumed while nobody looked."""
+    attempt = current_attempt(draft.status)
+    if attempt is None or attempt.spec_digest in ("", objects.spec_digest(spec)):
+        return
+    attempt.end_time, attempt.reason = stamp(draft.now), "SpecChanged"
+    draft.event("Normal", "SpecChanged", "The workers stop; new ones go on as the edited spec says.")
+
+
 def _failure(draft: Draft, spec: JobSpec) -> Failure | None:
     """What ended the current attempt; None while it has every worker it should have."""
     gang = draft.gang()
@@ -273,7 +283,8 @@ def _make_room(draft: Draft) -> Plan | None:
 def _begin_attempt(draft: Draft, spec: JobSpec) -> None:
     attempts = draft.status.attempts
     number = attempts[-1].number + 1 if attempts else 1
-    draft.status.attempts = [*attempts, Attempt(number=number, start_time=stamp(draft.now))][-MAX_ATTEMPTS:]
+    new = Attempt(number=number, start_time=stamp(draft.now), spec_digest=objects.spec_digest(spec))
+    draft.status.attempts = [*attempts, new][-MAX_ATTEMPTS:]
     draft.event("Normal", "AttemptStarted", f"Attempt {number} starts with {spec.nodes} workers.")
 
 
@@ -291,7 +302,7 @@ def _form_and_follow(draft: Draft, spec: JobSpec) -> Plan:
     there = {failures.index_of(pod) for pod in gang}
     missing = [index for index in range(spec.nodes) if index not in there]
     refused = draft.observed.refused
-    if missing and refused is not None and refused.code == 422:
+    if missing and refused is not None and refused.code in (400, 422):
         return _fail(
             draft, "InvalidTemplate", f"spec.template: makes a pod that is not valid: {refused.message}"
         )

@@ -49,7 +49,13 @@ def make_job(**spec: Any) -> dict[str, Any]:
 
 
 def make_report(attempt: int = 1, step: int = 120, **fields: Any) -> Report:
-    content = {"attempt": attempt, "step": step, "totalSteps": 400, "tokens": step * 4096, "loss": 3.0} | fields
+    content = {
+        "attempt": attempt,
+        "step": step,
+        "totalSteps": 400,
+        "tokens": step * 4096,
+        "loss": 3.0,
+    } | fields
     return Report.model_validate_json(json.dumps(content))
 
 
@@ -145,7 +151,9 @@ class World:
         attempts = {p["metadata"]["labels"][objects.ATTEMPT_LABEL] for p in self.pods.values()}
         assert attempts <= {labels[objects.ATTEMPT_LABEL]}, "two attempts' pods at once"
         current = self.status["attempts"][-1]
-        assert labels[objects.ATTEMPT_LABEL] == str(current["number"]), "a pod of an attempt that is not recorded"
+        assert labels[objects.ATTEMPT_LABEL] == str(current["number"]), (
+            "a pod of an attempt that is not recorded"
+        )
         assert not current.get("endTime"), "a pod of an attempt that is over"
         self._uids += 1
         pod["metadata"]["uid"] = f"pod-{self._uids}"

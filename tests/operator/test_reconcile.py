@@ -158,10 +158,11 @@ def test_pods_that_are_refused_for_now_are_shown_and_tried_again() -> None:
     assert world.phase == "Running"
 
 
-def test_a_template_that_makes_no_valid_pod_fails_the_job_with_the_servers_sentence() -> None:
+@pytest.mark.parametrize("code", [400, 422])
+def test_a_template_that_makes_no_valid_pod_fails_the_job_with_the_servers_sentence(code: int) -> None:
     world = World()
     world.step(actions=0)
-    world.refused = Refusal(422, 'Pod "job-worker-0" is invalid: spec.volumes[4].name: Required value')
+    world.refused = Refusal(code, 'Pod "job-worker-0" is invalid: spec.volumes[4].name: Required value')
     world.settle()
     assert world.phase == "Failed"
     assert world.condition("Failed")["reason"] == "InvalidTemplate"
@@ -561,6 +562,21 @@ def test_a_job_resumed_before_its_workers_are_gone_waits_for_them() -> None:
     assert {world.attempt_of(i) for i in range(2)} == {"2"}
 
 
+@pytest.mark.parametrize("nodes", [1, 3])
+def test_a_job_edited_between_two_looks_of_the_operator_gets_a_gang_of_the_new_size(nodes: int) -> None:
+    world = World()
+    world.start()
+    world.edit(suspend=True)
+    world.edit(suspend=False, nodes=nodes)
+    world.settle()
+    world.reap()
+    world.start()
+    assert world.phase == "Running"
+    assert len(world.pods) == nodes
+    assert world.status["restarts"] == 0
+    assert world.status["attempts"][0]["reason"] == "SpecChanged"
+
+
 def test_a_job_made_suspended_starts_nothing() -> None:
     world = World(suspend=True)
     world.settle()
@@ -584,7 +600,13 @@ def test_a_job_that_completed_while_it_was_suspended_has_succeeded() -> None:
 def test_a_report_becomes_progress_and_checkpoint() -> None:
     world = World()
     world.start()
-    checkpoint = {"step": 100, "uri": "s3://b/step-100", "time": "2026-01-01T00:00:00Z", "bytes": 9, "digest": "x"}
+    checkpoint = {
+        "step": 100,
+        "uri": "s3://b/step-100",
+        "time": "2026-01-01T00:00:00Z",
+        "bytes": 9,
+        "digest": "x",
+    }
     world.tell(make_report(step=120, tokensPerSecond=8100.0, etaSeconds=95, checkpoint=checkpoint))
     world.settle()
     assert world.status["progressText"] == "120/400"

@@ -1,0 +1,526 @@
+"""The operator's process against a real API server, with no more rights than `kube` says that it needs.
+
+There are no nodes: these tests are the kubelet, and write the pods' status.  The scheduler leaves the pods alone,
+the garbage collector, admission, tokens and access rules are the real ones.
+"""
+
+from __future__ import annotations
+
+import copy
+import http.client
+import json
+import os
+import signal
+import socket
+import ssl
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from kubernetes import client, config
+from operator_world import SPEC, make_report, message
+
+from cluster.cluster import Cluster
+from cluster.controlplane import wait_until
+from internlm_operator import api, crd, kube, objects
+from internlm_operator.report import MAX_REPORT_BYTES
+
+pytest_plugins = ["cluster.fixtures"]
+pytestmark = pytest.mark.cluster
+
+NAMESPACE = "operator-test"
+TIMEOUT = 60
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+def documented_rules(own: bool) -> list[dict[str, list[str]]]:
+    """The access rules of `kube`'s docstring; `own`: those for the operator's own namespace."""
+    rules = []
+    rows = [line for line in (kube.__doc__ or "").splitlines() if line.startswith("| ")]
+    for row in rows[1:]:
+        group, resources, verbs, where = (cell.strip() for cell in row.strip("|").split("|"))
+        if (where == "the operator's") == own:
+            rules.append(
+                {
+                    "apiGroups": ["" if group == "(core)" else group],
+                    "resources": resources.split(", "),
+                    "verbs": verbs.replace(" (by name)", "").split(", "),
+                }
+            )
+    return rules
+
+
+class Process:
+    """`internlm-operator run`, as the service account `operator`."""
+
+    def __init__(self, folder: Path, kubeconfig: Path) -> None:
+        self.log = folder / "operator.log"
+        self.kubeconfig = kubeconfig
+        self.port, self.health = free_port(), free_port()
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        environment = {k: v for k, v in os.environ.items() if "proxy" not in k.lower()}
+        command = [sys.executable, "-c", "from internlm_operator.cli import main; main()", "run"]
+        command += [
+            f"--namespace={NAMESPACE}",
+            "--trainer-image=trainer:1",
+            f"--service-namespace={NAMESPACE}",
+        ]
+        command += [f"--channel-port={self.port}", f"--liveness={self.health}"]
+        with self.log.open("ab") as log:
+            self.process = subprocess.Popen(
+                command, env=environment | {"KUBECONFIG": str(self.kubeconfig)}, stdout=log, stderr=log
+            )
+        wait_until(lambda: self.get("/readyz") == 200, "the operator to be ready", TIMEOUT)
+
+    def get(self, path: str) -> int:
+        assert self.process is not None
+        assert self.process.poll() is None, self.log.read_text()
+        connection = http.client.HTTPConnection("127.0.0.1", self.health, timeout=5)
+        try:
+            connection.request("GET", path)
+            return connection.getresponse().status
+        except OSError:
+            return 0
+        finally:
+            connection.close()
+
+    def kill(self) -> None:
+        assert self.process is not None
+        self.process.kill()
+        self.process.wait()
+
+    def stop(self) -> int:
+        assert self.process is not None
+        self.process.send_signal(signal.SIGTERM)
+        return self.process.wait(timeout=TIMEOUT)
+
+
+class Here:
+    """The namespace, seen by its administrator, who is the kubelet too."""
+
+    def __init__(self, connection: client.ApiClient, operator: Process) -> None:
+        self.core = client.CoreV1Api(connection)
+        self.custom = client.CustomObjectsApi(connection)
+        self.operator = operator
+
+    def create(self, name: str, **spec: Any) -> None:
+        template = {"spec": {"schedulerName": "nobody"}}
+        body = {
+            "apiVersion": api.API_VERSION,
+            "kind": api.KIND,
+            "metadata": {"name": name},
+            "spec": copy.deepcopy(SPEC) | {"template": template} | spec,
+        }
+        self.custom.create_namespaced_custom_object(api.GROUP, api.VERSION, NAMESPACE, api.PLURAL, body)
+
+    def job(self, name: str) -> dict[str, Any]:
+        found = self.custom.get_namespaced_custom_object(api.GROUP, api.VERSION, NAMESPACE, api.PLURAL, name)
+        assert isinstance(found, dict)
+        return found
+
+    def status(self, name: str) -> dict[str, Any]:
+        return self.job(name).get("status") or {}
+
+    def edit(self, name: str, **spec: Any) -> None:
+        self.custom.patch_namespaced_custom_object(
+            api.GROUP, api.VERSION, NAMESPACE, api.PLURAL, name, {"spec": spec}
+        )
+
+    def delete(self, name: str) -> None:
+        self.custom.delete_namespaced_custom_object(api.GROUP, api.VERSION, NAMESPACE, api.PLURAL, name)
+
+    def wait_phase(self, name: str, phase: str) -> dict[str, Any]:
+        self.wait(lambda: self.status(name).get("phase") == phase, f"{name} to be {phase}", name)
+        return self.status(name)
+
+    def wait(self, condition: Callable[[], object], what: str, name: str) -> None:
+        try:
+            wait_until(condition, what, TIMEOUT, interval=0.1)
+        except TimeoutError as error:
+            tail = self.operator.log.read_text()[-3000:]
+            raise AssertionError(f"{error}\n{json.dumps(self.status(name), indent=1)}\n{tail}") from error
+
+    def pods(self, name: str) -> dict[str, Any]:
+        selector = f"{objects.JOB_LABEL}={name}"
+        found = self.core.list_namespaced_pod(NAMESPACE, label_selector=selector).items
+        return {pod.metadata.name: pod for pod in found}
+
+    def wait_gang(self, name: str, attempt: int, nodes: int = 2) -> list[str]:
+        def formed() -> bool:
+            pods = self.pods(name).values()
+            labels = [pod.metadata.labels[objects.ATTEMPT_LABEL] for pod in pods]
+            return labels == [str(attempt)] * nodes
+
+        self.wait(formed, f"attempt {attempt} of {name}", name)
+        return sorted(self.pods(name))
+
+    def run(self, *pods: str) -> None:
+        for pod in pods:
+            binding = {
+                "metadata": {"name": pod},
+                "target": {"apiVersion": "v1", "kind": "Node", "name": "fake"},
+            }
+            try:
+                self.core.create_namespaced_pod_binding(pod, NAMESPACE, binding, _preload_content=False)
+            except client.ApiException as error:
+                if error.status != 409:  # bound already
+                    raise
+            self._set(pod, "Running", {"running": {"startedAt": "2026-01-01T00:00:00Z"}})
+
+    def end(self, pod: str, code: int, text: str = "") -> None:
+        state = {"exitCode": code, "reason": "Completed" if code == 0 else "Error", "message": text}
+        state["finishedAt"] = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+        self._set(pod, "Failed" if code else "Succeeded", {"terminated": state})
+
+    def _set(self, pod: str, phase: str, state: dict[str, Any]) -> None:
+        container = {"name": "trainer", "image": "x", "imageID": "x", "ready": False, "restartCount": 0}
+        status = {"phase": phase, "containerStatuses": [container | {"state": state}]}
+        self.core.patch_namespaced_pod_status(pod, NAMESPACE, {"status": status})
+
+    def reap(self, name: str) -> None:
+        """End the pods that are being deleted, as their kubelet would."""
+        for pod in self.pods(name).values():
+            if pod.metadata.deletion_timestamp:
+                self.core.delete_namespaced_pod(pod.metadata.name, NAMESPACE, grace_period_seconds=0)
+
+    def wait_reaped(self, name: str, attempt: int) -> None:
+        """Reap until no pod of this attempt is left."""
+
+        def gone() -> bool:
+            self.reap(name)
+            pods = self.pods(name).values()
+            return all(pod.metadata.labels[objects.ATTEMPT_LABEL] != str(attempt) for pod in pods)
+
+        self.wait(gone, f"attempt {attempt} of {name} to be gone", name)
+
+    def start(self, name: str, **spec: Any) -> list[str]:
+        self.create(name, **spec)
+        pods = self.wait_gang(name, 1, spec.get("nodes", 2))
+        self.run(*pods)
+        self.wait_phase(name, "Running")
+        return pods
+
+    def events(self, name: str) -> dict[str, str]:
+        found = self.core.list_namespaced_event(NAMESPACE, field_selector=f"involvedObject.name={name}").items
+        return {event.reason: event.message for event in found}
+
+    # The trainer's side of the job channel
+
+    def token(self, pod: str, audience: str, bound: bool = True) -> str:
+        reference = None
+        if bound:
+            uid = self.core.read_namespaced_pod(pod, NAMESPACE).metadata.uid
+            reference = client.V1BoundObjectReference(api_version="v1", kind="Pod", name=pod, uid=uid)
+        spec = client.V1TokenRequestSpec(audiences=[audience], bound_object_ref=reference)
+        request = client.AuthenticationV1TokenRequest(spec=spec)
+        answer = self.core.create_namespaced_service_account_token("default", NAMESPACE, request)
+        return str(answer.status.token)
+
+    def send(self, name: str, body: bytes, token: str | None) -> tuple[int, dict[str, Any]]:
+        """POST to the channel as a pod would: by the service's name, trusting what the ConfigMap says."""
+        data = self.core.read_namespaced_config_map(f"{name}-config", NAMESPACE).data
+        context = ssl.create_default_context(cadata=data["ca.crt"])
+        context.verify_flags |= ssl.VERIFY_X509_STRICT
+        connection = http.client.HTTPSConnection("127.0.0.1", self.operator.port, timeout=30, context=context)
+        connection.sock = context.wrap_socket(
+            socket.create_connection(("127.0.0.1", self.operator.port), timeout=30),
+            server_hostname=f"internlm-operator.{NAMESPACE}.svc",
+        )
+        headers = {"Authorization": f"Bearer {token}"} if token is not None else {}
+        try:
+            connection.request("POST", objects.report_path(NAMESPACE, name), body, headers)
+            answer = connection.getresponse()
+            return answer.status, json.loads(answer.read())
+        finally:
+            connection.close()
+
+    def report(self, name: str, pod: str, **fields: Any) -> tuple[int, dict[str, Any]]:
+        body = make_report(**fields).model_dump_json(by_alias=True).encode()
+        return self.send(name, body, self.token(pod, objects.audience(NAMESPACE, name)))
+
+
+@pytest.fixture(scope="module")
+def here(control_plane: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Here]:
+    control_plane.kubectl("apply", "--filename=manifests/crd.yaml")
+    control_plane.kubectl("wait", "--for=condition=Established", f"crd/{crd.CRD_NAME}", "--timeout=30s")
+    subject = {"kind": "ServiceAccount", "name": "operator", "namespace": NAMESPACE}
+    rbac = {"apiVersion": "rbac.authorization.k8s.io/v1"}
+
+    def role(name: str, own: bool, kind: str, where: dict[str, str]) -> list[dict[str, Any]]:
+        reference = {"apiGroup": "rbac.authorization.k8s.io", "kind": kind, "name": name}
+        return [
+            rbac | {"kind": kind, "metadata": {"name": name, **where}, "rules": documented_rules(own)},
+            rbac
+            | {"kind": f"{kind}Binding", "metadata": {"name": name, **where}, "roleRef": reference}
+            | {"subjects": [subject]},
+        ]
+
+    restricted = {"pod-security.kubernetes.io/enforce": "restricted"}
+    control_plane.apply(
+        {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": NAMESPACE, "labels": restricted}},
+        {
+            "apiVersion": "v1",
+            "kind": "ServiceAccount",
+            "metadata": {"name": "operator", "namespace": NAMESPACE},
+        },
+        *role(f"{NAMESPACE}-jobs", False, "ClusterRole", {}),
+        *role("own", True, "Role", {"namespace": NAMESPACE}),
+    )
+    folder = tmp_path_factory.mktemp("operator")
+    admin = yaml.safe_load(control_plane.kubeconfig.read_text())
+    token = control_plane.kubectl("create", "token", "operator", f"--namespace={NAMESPACE}").strip()
+    admin["users"] = [{"name": user["name"], "user": {"token": token}} for user in admin["users"]]
+    (folder / "kubeconfig").write_text(yaml.safe_dump(admin))
+    operator = Process(folder, folder / "kubeconfig")
+    default = (
+        "get",
+        "serviceaccount",
+        "default",
+        f"--namespace={NAMESPACE}",
+        "--ignore-not-found",
+        "--output=name",
+    )
+    wait_until(lambda: control_plane.kubectl(*default), "the default service account", 60)
+    operator.start()
+    with config.new_client_from_config(str(control_plane.kubeconfig)) as connection:
+        yield Here(connection, operator)
+    code, log = operator.stop(), operator.log.read_text()
+    control_plane.kubectl("delete", "namespace", NAMESPACE, "--wait=false")
+    assert code == 0, log[-3000:]
+    assert "Traceback" not in log, log
+    assert "cannot" not in log.lower().replace("cannot be", ""), "a right is missing"
+
+
+def test_a_job_lives_from_pending_to_succeeded_and_its_deletion_leaves_nothing(here: Here) -> None:
+    here.create("life")
+    pods = here.wait_gang("life", 1)
+    assert pods == ["life-worker-0", "life-worker-1"]
+    assert here.status("life")["phase"] == "Pending"
+    here.run(*pods)
+    here.wait_phase("life", "Running")
+
+    checkpoint = {
+        "step": 100,
+        "uri": "s3://b/step-100",
+        "time": "2026-01-01T00:00:00Z",
+        "bytes": 5,
+        "digest": "d",
+    }
+    assert here.report("life", pods[0], step=120, checkpoint=checkpoint) == (200, {})
+    here.wait(lambda: here.status("life").get("progressText") == "120/400", "progress", "life")
+    assert here.status("life")["checkpoint"] == checkpoint
+
+    for pod in pods:
+        here.end(pod, 0, message("Completed", "done", 400))
+    status = here.wait_phase("life", "Succeeded")
+    assert status["progressText"] == "400/400"
+    assert status["restarts"] == 0
+    assert [attempt["reason"] for attempt in status["attempts"]] == ["Completed"]
+    assert set(here.pods("life")) == set(pods), "finished pods stay for their logs"
+    here.wait(
+        lambda: {"AttemptStarted", "Running", "Succeeded"} <= here.events("life").keys(), "events", "life"
+    )
+
+    here.delete("life")
+
+    def left() -> list[str]:
+        here.reap("life")
+        selector = {"label_selector": f"{objects.JOB_LABEL}=life"}
+        lists = (
+            here.core.list_namespaced_pod(NAMESPACE, **selector),
+            here.core.list_namespaced_service(NAMESPACE, **selector),
+            here.core.list_namespaced_config_map(NAMESPACE, **selector),
+        )
+        return [item.metadata.name for found in lists for item in found.items]
+
+    wait_until(lambda: not left(), "everything to be gone", TIMEOUT)
+
+
+def test_a_dead_worker_restarts_the_gang(here: Here) -> None:
+    pods = here.start("restart")
+    here.end(pods[1], 137)
+    here.wait_reaped("restart", 1)
+    pods = here.wait_gang("restart", 2)
+    here.run(*pods)
+    status = here.wait_phase("restart", "Running")
+    assert status["restarts"] == 1
+    assert status["lastFailure"]["pod"] == "restart-worker-1"
+    assert status["lastFailure"]["signal"] == 9
+    for pod in pods:
+        here.end(pod, 0)
+    here.wait_phase("restart", "Succeeded")
+    here.delete("restart")
+
+
+def test_an_operator_that_is_killed_at_any_moment_of_a_restart_makes_no_difference(here: Here) -> None:
+    here.create("killed", nodes=3, recovery={"maxRestarts": 100})
+    for attempt in range(1, 5):
+        # Killed a little later each time: while it writes the status, deletes, waits, makes pods.
+        here.wait_gang("killed", attempt, nodes=3)
+        here.run(*here.pods("killed"))
+        here.wait_phase("killed", "Running")
+        assert here.status("killed")["attempts"][-1]["number"] == attempt
+        here.report(
+            "killed", "killed-worker-0", attempt=attempt, step=attempt * 10, startStep=attempt * 10 - 10
+        )
+        here.end("killed-worker-2", 1)
+        time.sleep(0.03 * attempt)
+        here.operator.kill()
+        here.reap("killed")
+        here.operator.start()
+        here.wait_reaped("killed", attempt)
+    here.wait_gang("killed", 5, nodes=3)
+    assert here.status("killed")["restarts"] == 4
+    here.delete("killed")
+
+
+def test_a_restarted_operator_changes_nothing(here: Here) -> None:
+    here.start("quiet")
+    here.wait(lambda: here.status("quiet")["attempts"][-1]["formed"], "the gang to be noted", "quiet")
+
+    def versions() -> dict[str, str]:
+        pods = {name: pod.metadata.resource_version for name, pod in here.pods("quiet").items()}
+        service = here.core.read_namespaced_service("quiet", NAMESPACE).metadata.resource_version
+        config_map = here.core.read_namespaced_config_map("quiet-config", NAMESPACE).metadata.resource_version
+        job = here.job("quiet")["metadata"]["resourceVersion"]
+        secret = here.core.read_namespaced_secret("internlm-operator-channel", NAMESPACE).metadata
+        return pods | {
+            "service": service,
+            "config": config_map,
+            "job": job,
+            "secret": secret.resource_version,
+        }
+
+    before = versions()
+    here.operator.kill()
+    here.operator.start()
+    # A report is answered and written only after the job was looked at.
+    assert here.report("quiet", "quiet-worker-0", step=7)[0] in (200, 503)
+    wait_until(lambda: here.report("quiet", "quiet-worker-0", step=8)[0] == 200, "the channel", TIMEOUT)
+    here.wait(lambda: here.status("quiet").get("progressText") == "8/400", "progress", "quiet")
+    after = versions()
+    assert after | {"job": ""} == before | {"job": ""}
+    assert here.status("quiet")["phase"] == "Running"
+    here.delete("quiet")
+
+
+def test_a_users_mistake_is_in_the_condition_and_in_an_event(here: Here) -> None:
+    sentence = "data.tokenizer: s3://b/t.model has 500 words, the model 512; make them equal"
+    pods = here.start("mistake")
+    here.end(pods[0], 1, message("UserError", sentence))
+    here.wait_phase("mistake", "Failed")
+    failed = next(c for c in here.status("mistake")["conditions"] if c["type"] == "Failed")
+    assert (failed["reason"], failed["message"]) == ("UserError", sentence)
+    here.wait(lambda: here.events("mistake").get("UserError") == sentence, "the event", "mistake")
+    here.delete("mistake")
+
+
+def test_a_suspended_job_gives_up_its_pods_and_goes_on_with_other_settings(here: Here) -> None:
+    here.start("pause")
+    here.edit("pause", suspend=True)
+    here.wait_phase("pause", "Suspending")
+    here.wait_reaped("pause", 1)
+    here.wait_phase("pause", "Suspended")
+    assert not here.pods("pause")
+    here.edit("pause", nodes=1)
+    here.edit("pause", suspend=False)
+    here.run(*here.wait_gang("pause", 2, nodes=1))
+    assert here.wait_phase("pause", "Running")["restarts"] == 0
+    manifest = yaml.safe_load(
+        here.core.read_namespaced_config_map("pause-config", NAMESPACE).data["job.yaml"]
+    )
+    assert manifest["spec"]["nodes"] == 1
+    here.delete("pause")
+
+
+def test_a_template_with_a_mistake_fails_the_job_in_the_api_servers_words(here: Here) -> None:
+    here.create("template", template={"spec": {"volumes": [{"name": "data", "hostpath": {"path": "/x"}}]}})
+    here.wait_phase("template", "Failed")
+    failed = next(c for c in here.status("template")["conditions"] if c["type"] == "Failed")
+    assert failed["reason"] == "InvalidTemplate"
+    assert "hostpath" in failed["message"]
+    here.delete("template")
+
+
+def test_a_quota_that_is_used_up_is_shown_and_the_job_starts_when_there_is_room(here: Here) -> None:
+    quota = client.V1ResourceQuota(
+        metadata=client.V1ObjectMeta(name="none"), spec=client.V1ResourceQuotaSpec(hard={"count/pods": "0"})
+    )
+    here.core.create_namespaced_resource_quota(NAMESPACE, quota)
+
+    def enforced() -> bool:
+        return bool(here.core.read_namespaced_resource_quota("none", NAMESPACE).status.hard)
+
+    wait_until(enforced, "the quota", TIMEOUT)
+    here.create("quota")
+
+    def running() -> dict[str, Any]:
+        conditions = here.status("quota").get("conditions") or [{}]
+        return next((c for c in conditions if c.get("type") == "Running"), {})
+
+    here.wait(lambda: running().get("reason") == "PodsRefused", "the refusal", "quota")
+    assert "exceeded quota" in running()["message"]
+    here.core.delete_namespaced_resource_quota("none", NAMESPACE)
+    here.wait_gang("quota", 1)
+    here.delete("quota")
+
+
+def test_the_channel_believes_only_a_pod_of_this_job_with_a_token_for_this_job(here: Here) -> None:
+    mine, other = here.start("mine")[0], here.start("other")[0]
+    audience = objects.audience(NAMESPACE, "mine")
+    body = make_report(step=1).model_dump_json(by_alias=True).encode()
+    default = here.core.create_namespaced_service_account_token(
+        "default",
+        "default",
+        client.AuthenticationV1TokenRequest(spec=client.V1TokenRequestSpec(audiences=[audience])),
+    )
+    assert here.send("mine", body, None)[0] == 401
+    for token in (
+        "rubbish",
+        here.token(mine, "https://kubernetes.default.svc.cluster.local"),
+        here.token(other, objects.audience(NAMESPACE, "other")),
+        here.token(other, audience),
+        here.token(mine, audience, bound=False),
+        default.status.token,
+    ):
+        code, answer = here.send("mine", body, token)
+        assert code == 403, answer
+    assert here.send("mine", body, here.token(mine, audience)) == (200, {})
+    here.delete("mine")
+    here.delete("other")
+
+
+def test_the_channel_refuses_what_is_no_report_of_the_current_attempt(here: Here) -> None:
+    pod = here.start("refuse")[0]
+    token = here.token(pod, objects.audience(NAMESPACE, "refuse"))
+    good = {"attempt": 1, "step": 5, "totalSteps": 400}
+    cases: list[tuple[bytes, int]] = [
+        (b"", 400),
+        (b"[]", 400),
+        (b'{"attempt": 1', 400),
+        (json.dumps(good | {"loss": float("nan")}).encode(), 400),
+        (json.dumps(good | {"step": -1}).encode(), 400),
+        (json.dumps(good | {"step": 2**70}).encode(), 400),
+        (json.dumps(good | {"checkpoint": {"step": 1, "uri": "x" * 5000, "time": "now"}}).encode(), 400),
+        (json.dumps(good | {"note": "x" * (MAX_REPORT_BYTES + 1)}).encode(), 413),
+        (json.dumps(good | {"attempt": 2}).encode(), 409),
+    ]
+    for body, code in cases:
+        answer = here.send("refuse", body, token)
+        assert answer[0] == code, (body[:100], answer)
+        assert answer[1]["message"]
+    assert "progress" not in here.status("refuse")
+    assert here.send("refuse", json.dumps(good | {"new": 1}).encode(), token)[0] == 200
+    here.delete("refuse")
