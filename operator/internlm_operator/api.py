@@ -172,6 +172,8 @@ class Attempt(StatusPart):
     """1 for the first gang."""
     start_time: str
     """When its pods were asked for."""
+    spec_digest: str = ""
+    """Digest of the part of the spec that its pods were made of."""
     formed: bool = False
     """All of its pods existed at once; one that is missing afterwards was lost."""
     end_time: str = ""
@@ -249,7 +251,7 @@ class JobStatus(StatusPart):
 
 
 # While pods run, only what the operator itself acts on may change; a suspended job may be edited freely.
-_FROZEN = ("model", "data", "training", "parallel", "checkpoint", "nodes", "gpusPerNode", "processesPerNode")
+FROZEN = ("model", "data", "training", "parallel", "checkpoint", "nodes", "gpusPerNode", "processesPerNode")
 TRANSITION_RULES = tuple(
     {
         "rule": f"oldSelf.suspend || self.{name} == oldSelf.{name}",
@@ -258,7 +260,7 @@ TRANSITION_RULES = tuple(
         "fieldPath": f".{name}",
         "reason": "FieldValueForbidden",
     }
-    for name in _FROZEN
+    for name in FROZEN
 )
 
 JOB_RULES: tuple[Rule, ...] = TRAINING_RULES
@@ -300,7 +302,7 @@ class _Loader(yaml.SafeLoader):
     """YAML as kubectl reads it, which is not quite as PyYAML does."""
 
     # A date is text.
-    yaml_implicit_resolvers = {  # noqa: RUF012
+    yaml_implicit_resolvers = {
         first: [(tag, regexp) for tag, regexp in resolvers if tag != "tag:yaml.org,2002:timestamp"]
         for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
