@@ -170,6 +170,12 @@ def ensure(names: Iterable[str], log: Log) -> dict[str, Path]:
     return paths
 
 
+def prepare(*, nodes: bool, log: Log) -> None:
+    """Install and build all that a cluster needs; quick where that was done before."""
+    install_packages(BASE_PACKAGES | (NODE_PACKAGES if nodes else {}), log)
+    ensure(CONTROL_PLANE + (NODE if nodes else ()), log)
+
+
 def _build(name: str, log: Log) -> None:
     program, path = PROGRAMS[name], binary_path(name)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -28,14 +28,17 @@ from cluster.state import State, claim, clusters_dir, kill_marked, leftovers, re
 
 GPU = "nvidia.com/gpu"
 DNS_CONFIG = """\
-.:53 {{
+cluster.local:53 {{
     bind {address}
     errors
-    kubernetes cluster.local {{
+    kubernetes {{
         kubeconfig {kubeconfig}
         ttl 1
     }}
-    template ANY ANY . {{
+}}
+.:53 {{
+    bind {address}
+    template ANY ANY {{
         rcode NXDOMAIN
     }}
 }}
@@ -84,9 +87,7 @@ class Cluster:
             raise ValueError(f"nodes must be from 0 to {MAX_NODES}, not {nodes}")
         # Some of what is started finds its helpers by PATH.
         os.environ["PATH"] = os.environ.get("PATH", "") + ":/usr/sbin:/sbin"
-        packages = binaries.BASE_PACKAGES | (binaries.NODE_PACKAGES if nodes else {})
-        binaries.install_packages(packages, log)
-        binaries.ensure(binaries.CONTROL_PLANE + (binaries.NODE if nodes else ()), log)
+        binaries.prepare(nodes=nodes > 0, log=log)
         state = claim((root or clusters_dir() / name).resolve(), nodes)
         (state.root / "gpus").write_text(str(gpus_per_node))
         cluster = cls(state, gpus_per_node)

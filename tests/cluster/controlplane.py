@@ -106,7 +106,7 @@ class ControlPlane:
             endpoint = [f"--advertise-address={address}"]
         else:
             # Endpoints refuse loopback addresses; without nodes nobody would use them anyway.
-            endpoint = ["--advertise-address=192.0.2.1", "--endpoint-reconciler-type=none"]
+            endpoint = [f"--advertise-address={self.state.network}.0.2", "--endpoint-reconciler-type=none"]
         self._kubernetes(
             "kube-apiserver",
             f"--etcd-servers={self.etcd}",

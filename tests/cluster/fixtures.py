@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import pytest
@@ -41,11 +41,22 @@ def control_plane(request: pytest.FixtureRequest) -> Iterator[Cluster]:
         yield started
 
 
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Build the binaries before the first test: on a new machine that takes longer than a test may."""
+    fixtures = {name for item in session.items for name in getattr(item, "fixturenames", ())}
+    if session.config.option.collectonly or not fixtures & {"cluster", "control_plane"}:
+        return
+    nodes = "cluster" in fixtures and binaries.unavailable() is None
+    if binaries.unavailable(nodes=nodes) is None:
+        capture = session.config.pluginmanager.getplugin("capturemanager")
+        with capture.global_and_fixture_disabled() if capture else nullcontext():
+            binaries.prepare(nodes=nodes, log=binaries.progress())
+
+
 @contextmanager
-def running(nodes: int) -> Iterator[Cluster]:
+def running(nodes: int, name: str = "pytest") -> Iterator[Cluster]:
     """A cluster of this test session's own, beside any that a developer has running."""
-    log = binaries.progress()
-    started = Cluster.up(nodes=nodes, name=f"pytest-{os.getpid()}", log=log)
+    started = Cluster.up(nodes=nodes, name=f"{name}-{os.getpid()}", log=binaries.progress())
     try:
         yield started
     finally:

@@ -58,7 +58,7 @@ def docker_archive(tag: str, files: Mapping[str, Path], config: dict[str, object
 def _write_archive(target: io.IOBase, tag: str, layer: io.IOBase, config: dict[str, object]) -> None:
     layer.seek(0)
     digest = hashlib.file_digest(layer, "sha256").hexdigest()  # type: ignore[arg-type]
-    size = layer.tell()
+    size = layer.seek(0, io.SEEK_END)
     layer.seek(0)
     image = {
         "architecture": "arm64" if os.uname().machine == "aarch64" else "amd64",
@@ -212,15 +212,19 @@ def torch_layer(venv: Path, log: Log = print) -> Path:
     found = {_canonical(item.name): item for item in metadata.distributions(path=[str(site)])}
     if "torch" not in found:
         raise RuntimeError(f"torch is not installed in {venv}")
-    closure, queue = {}, ["torch"]
+    closure: dict[str, metadata.Distribution] = {}
+    queue = [("torch", "")]
     while queue:
-        name = queue.pop()
+        name, extras = queue.pop()
         # What is required on other platforms only is not installed here, so markers need no evaluation.
-        if name in found and name not in closure:
+        if name in found and (name not in closure or extras):
             closure[name] = found[name]
             for requirement in found[name].requires or []:
-                if "extra ==" not in requirement.replace("extra==", "extra =="):
-                    queue.append(_canonical(re.split(r"[^\w.-]", requirement, maxsplit=1)[0]))
+                wanted = re.search(r"extra *== *['\"]([^'\"]+)", requirement)
+                if wanted is None or wanted[1] in extras.split(","):
+                    parts = re.match(r"([\w.-]+) *(?:\[(.*?)\])?", requirement)
+                    if parts:
+                        queue.append((_canonical(parts[1]), parts[2] or ""))
     versions = repr(sorted((name, item.version) for name, item in closure.items()))
     digest = hashlib.sha256(versions.encode()).hexdigest()[:8]
     layer = cache_dir() / f"torch-{closure['torch'].version}-{digest}"

@@ -184,14 +184,14 @@ class Node:
 
     def _import_sandbox_image(self) -> None:
         image = docker_archive(SANDBOX_IMAGE, {"pause": self.programs["pause"]}, {"Entrypoint": ["/pause"]})
+        # containerd lives behind its node's root folder, as that process sees it.
+        socket = Path(f"/proc/{self.init}/root/run/containerd/containerd.sock")
         deadline = time.monotonic() + 30
-        while True:
-            try:
-                return self.import_image(image)
-            except RuntimeError:  # containerd's socket is not there yet
-                if time.monotonic() > deadline:
-                    raise
-                time.sleep(0.1)
+        while not socket.exists():
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"containerd did not start:\n{self.state.tail(f'{self.name}-containerd')}")
+            time.sleep(0.05)
+        self.import_image(image)
 
     def _make_cgroups(self) -> None:
         """The kubelet wants its root cgroup to exist in each hierarchy."""
