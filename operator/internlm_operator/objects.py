@@ -95,7 +95,7 @@ def digest(*objects: Object) -> str:
 
 
 def spec_digest(spec: JobSpec) -> str:
-    """Equal for specs that make the same gang and train the same way; a field left at its default says nothing."""
+    """Equal for specs that make the same gang and train the same way; fields at their default do not count."""
     content = spec.model_dump(mode="json", by_alias=True, exclude_defaults=True)
     return digest({name: content[name] for name in FROZEN if name in content})
 

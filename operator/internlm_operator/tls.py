@@ -101,10 +101,10 @@ async def load_authority(kube: Kube, namespace: str, name: str) -> KeyPair:
     if secret is None:
         authority = new_authority(datetime.now(UTC))
         # Another operator may have made it in between: then None comes back, and its Secret counts.
-        if await kube.create(_secret(namespace, name, authority)) is not None:
+        if await kube.create(make_secret(namespace, name, authority)) is not None:
             return authority
         secret = await kube.get("Secret", namespace, name)
-    return _read_secret(secret or {}, f"Secret {namespace}/{name}")
+    return read_secret(secret or {}, f"Secret {namespace}/{name}")
 
 
 async def renew_certificate(context: ssl.SSLContext, authority: KeyPair, names: list[str]) -> None:
@@ -129,7 +129,8 @@ def load(context: ssl.SSLContext, pair: KeyPair) -> None:
         context.load_cert_chain(file)
 
 
-def _secret(namespace: str, name: str, authority: KeyPair) -> Object:
+def make_secret(namespace: str, name: str, authority: KeyPair) -> Object:
+    """The Secret that holds the authority."""
     return {
         "apiVersion": "v1",
         "kind": "Secret",
@@ -142,7 +143,8 @@ def _secret(namespace: str, name: str, authority: KeyPair) -> Object:
     }
 
 
-def _read_secret(secret: Object, where: str) -> KeyPair:
+def read_secret(secret: Object, where: str) -> KeyPair:
+    """The authority in `secret`; SecretError, beginning with `where`, for one that cannot be used."""
     remedy = "delete it, and the operator makes a new one at its next start"
     data = secret.get("data") or {}
     try:

@@ -1,7 +1,7 @@
 """A cluster of one job, in memory and without time: what reconcile sees, and what its plans do to it.
 
-It keeps the rules of the API server that reconcile relies on (names are unique, deletion takes a grace, a status
-write needs the right version) and breaks down at once where a plan breaks the operator's own.
+It keeps the rules of the API server that reconcile relies on (names are unique, deletion takes a grace) and
+breaks down at once where a plan breaks the operator's own.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ class World:
         return plan
 
     def step(self, actions: int | None = None) -> Plan:
-        """Reconcile once; with `actions`, the operator dies after so many (-1: before it wrote the status)."""
+        """Reconcile once; with `actions`, the operator dies after so many (-1: before the status)."""
         plan = self.plan()
         self.carry_out(plan, actions)
         return plan

@@ -119,7 +119,8 @@ def test_a_restarted_operator_only_applies_what_it_cannot_remember() -> None:
         ),
         (
             {"containerStatuses": [{"name": "trainer", "state": {"waiting": {
-                "reason": "ImagePullBackOff", "message": "0/2 nodes are available: 2 Insufficient nvidia.com/gpu."}}}]},
+                "reason": "ImagePullBackOff",
+                "message": "0/2 nodes are available: 2 Insufficient nvidia.com/gpu."}}}]},
             "ImagePullBackOff",
         ),
         (

@@ -1,7 +1,7 @@
-"""A job through every failure at every moment: whatever happens, the operator keeps its rules and comes to rest.
+"""A job through every failure at every moment: the operator keeps its rules and comes to rest.
 
-The operator here is `reconcile` and the shell's rule about caches: a plan that does more than note progress is made
-on what is there now, any other one may be made on an old view.  It may die between any two of its actions.
+The operator here is `reconcile` and the shell's rule about caches: a plan that does more than note progress
+is made on what is there now, any other one may be made on an old view.  It may die between any two actions.
 """
 
 from __future__ import annotations

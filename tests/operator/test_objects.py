@@ -1,0 +1,172 @@
+"""The objects of a job: what the trainer relies on, and what a template may change."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+from operator_world import SETTINGS, apply_merge_patch, make_job
+
+from internlm_operator import objects
+from internlm_operator.api import parse_job
+from internlm_operator.merge import merge_patch, strategic_merge
+
+
+def worker(index: int = 1, attempt: int = 3, **spec: Any) -> dict[str, Any]:
+    job = make_job(**spec)
+    return objects.worker_pod(job, parse_job(job).spec, attempt, index, SETTINGS)
+
+
+def trainer(pod: dict[str, Any]) -> dict[str, Any]:
+    return next(c for c in pod["spec"]["containers"] if c["name"] == "trainer")
+
+
+def test_a_worker_is_a_torchrun_agent_that_meets_the_others_at_worker_0() -> None:
+    command = trainer(worker(nodes=4))["command"]
+    arguments = dict(zip(command[3:-2:2], command[4:-2:2], strict=True))
+    assert arguments == {
+        "--nnodes": "4",
+        "--node-rank": "1",
+        "--nproc-per-node": "2",
+        "--max-restarts": "0",
+        "--master-addr": "job-worker-0.job",
+        "--master-port": "29500",
+    }
+    assert command[-2:] == ["-m", "internlm_trainer.worker"]
+
+
+def test_a_worker_has_its_name_in_dns() -> None:
+    spec = worker()["spec"]
+    assert (spec["hostname"], spec["subdomain"]) == ("job-worker-1", "job")
+    service = objects.service(make_job())
+    assert service["metadata"]["name"] == "job"
+    assert service["spec"]["clusterIP"] == "None"
+    assert service["spec"]["publishNotReadyAddresses"]
+    assert service["spec"]["selector"].items() <= worker()["metadata"]["labels"].items()
+
+
+def test_every_object_is_owned_and_labelled() -> None:
+    job = make_job()
+    for manifest in (objects.service(job), objects.config_map(job, SETTINGS), worker()):
+        owner = manifest["metadata"]["ownerReferences"][0]
+        assert (owner["uid"], owner["controller"], owner["blockOwnerDeletion"]) == ("job-uid", True, True)
+        assert manifest["metadata"]["labels"][objects.JOB_LABEL] == "job"
+    labels = worker()["metadata"]["labels"]
+    assert (labels[objects.INDEX_LABEL], labels[objects.ATTEMPT_LABEL]) == ("1", "3")
+
+
+def test_the_config_map_holds_the_manifest_that_a_laptop_could_run() -> None:
+    job = make_job(nodes=3)
+    data = objects.config_map(job, SETTINGS)["data"]
+    manifest = yaml.safe_load(data["job.yaml"])
+    assert parse_job(manifest).spec == parse_job(job).spec
+    assert "uid" not in manifest["metadata"]
+    assert data["ca.crt"] == "CA"
+
+
+def test_a_worker_has_no_right_in_the_cluster_but_a_token_for_its_job() -> None:
+    spec = worker()["spec"]
+    assert spec["automountServiceAccountToken"] is False
+    projected = next(v for v in spec["volumes"] if v["name"] == "internlm-token")["projected"]["sources"]
+    assert [source["serviceAccountToken"]["audience"] for source in projected] == ["internlmjob/default/job"]
+    environment = {e["name"]: e["value"] for e in trainer(worker())["env"]}
+    assert environment["INTERNLM_ATTEMPT"] == "3"
+    assert environment["INTERNLM_REPORT_URL"] == (
+        "https://internlm-operator.system.svc:8443/v1/namespaces/default/internlmjobs/job/report"
+    )
+
+
+def test_gpus_are_asked_for_as_limits() -> None:
+    assert trainer(worker(gpusPerNode=8))["resources"] == {"limits": {"nvidia.com/gpu": "8"}}
+    assert "resources" not in trainer(worker())
+
+
+def test_the_jobs_own_image_wins() -> None:
+    assert trainer(worker())["image"] == "trainer:1"
+    assert trainer(worker(image="mine:2"))["image"] == "mine:2"
+
+
+def test_a_template_is_merged_as_kubectl_would() -> None:
+    toleration = {"key": "gpu", "operator": "Exists"}
+    template = {
+        "metadata": {"labels": {"team": "a", objects.ATTEMPT_LABEL: "9"}, "annotations": {"note": "x"}},
+        "spec": {
+            "restartPolicy": "Always",
+            "hostname": "other",
+            "tolerations": [toleration],
+            "nodeSelector": {"gpu": "h100"},
+            "volumes": [{"name": "data", "emptyDir": {}}, {"name": "shm", "emptyDir": {"sizeLimit": "1Gi"}}],
+            "containers": [
+                {
+                    "name": "trainer",
+                    "imagePullPolicy": "Never",
+                    "env": [{"name": "HOME", "value": "/data"}, {"name": "X", "value": "1"}],
+                    "volumeMounts": [{"name": "data", "mountPath": "/data"}],
+                    "resources": {"limits": {"memory": "1Gi"}},
+                },
+                {"name": "sidecar", "image": "s"},
+            ],
+        },
+    }
+    pod = worker(template=template, gpusPerNode=1)
+    spec, container = pod["spec"], trainer(pod)
+    assert pod["metadata"]["annotations"] == {"note": "x"}
+    assert pod["metadata"]["labels"]["team"] == "a"
+    assert pod["metadata"]["labels"][objects.ATTEMPT_LABEL] == "3", "the operator finds its pods by it"
+    assert (spec["restartPolicy"], spec["hostname"]) == ("Never", "job-worker-1")
+    assert spec["tolerations"][0] == toleration
+    assert len(spec["tolerations"]) == 3
+    shm = next(v for v in spec["volumes"] if v["name"] == "shm")
+    assert shm["emptyDir"] == {"medium": "Memory", "sizeLimit": "1Gi"}
+    environment = {e["name"]: e["value"] for e in container["env"]}
+    assert (environment["HOME"], environment["X"]) == ("/data", "1")
+    assert environment["INTERNLM_ATTEMPT"] == "3"
+    assert {m["mountPath"] for m in container["volumeMounts"]} >= {"/data", "/tmp", "/etc/internlm"}
+    assert container["resources"]["limits"] == {"nvidia.com/gpu": "1", "memory": "1Gi"}
+    assert [c["name"] for c in spec["containers"]] == ["trainer", "sidecar"]
+
+
+def test_the_digest_of_a_spec_changes_with_the_gang_and_not_with_the_rest() -> None:
+    def digest(**spec: Any) -> str:
+        return objects.spec_digest(parse_job(make_job(**spec)).spec)
+
+    assert digest() == digest(suspend=True, recovery={"maxRestarts": 3}, gpusPerNode=0)
+    assert len({digest(), digest(nodes=4), digest(gpusPerNode=2)}) == 3
+
+
+@pytest.mark.parametrize(
+    ("base", "patch", "merged"),
+    [
+        ({"a": 1}, {"b": 2}, {"a": 1, "b": 2}),
+        ({"a": {"b": 1}}, {"a": {"c": 2}}, {"a": {"b": 1, "c": 2}}),
+        ({"a": 1, "b": 2}, {"a": None}, {"b": 2}),
+        ({"args": ["a"]}, {"args": ["b"]}, {"args": ["b"]}),
+        ({"env": [{"name": "A", "value": "1"}]}, {"env": [{"name": "A", "$patch": "delete"}]}, {"env": []}),
+        ({"volumes": [{"name": "a"}]}, {"volumes": [{"name": "a", "x": 1}]},
+         {"volumes": [{"name": "a", "x": 1}]}),
+        ({"tolerations": [1]}, {"tolerations": [2, 1]}, {"tolerations": [1, 2]}),
+        ({}, {"containers": [{"name": "a", "env": [{"name": "B"}]}]},
+         {"containers": [{"name": "a", "env": [{"name": "B"}]}]}),
+    ],
+)  # fmt: skip
+def test_strategic_merge(base: dict[str, Any], patch: dict[str, Any], merged: dict[str, Any]) -> None:
+    before = repr(base)
+    assert strategic_merge(base, patch) == merged
+    assert repr(base) == before
+
+
+VALUES = st.recursive(
+    st.booleans() | st.integers() | st.text(max_size=3),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from("abc"), inner, max_size=3),
+    max_leaves=8,
+)
+OBJECTS = st.dictionaries(st.sampled_from("abcd"), VALUES, max_size=4)
+
+
+@given(OBJECTS, OBJECTS)
+def test_a_merge_patch_makes_the_new_of_the_old(old: dict[str, Any], new: dict[str, Any]) -> None:
+    assert apply_merge_patch(old, merge_patch(old, new)) == new
+    assert merge_patch(new, new) == {}
