@@ -1,0 +1,106 @@
+"""What the operator keeps of the reports, and how often it writes it, one sentence a case."""
+
+from __future__ import annotations
+
+from operator_world import World, make_report
+
+from internlm_operator.times import stamp
+
+# Progress
+
+
+def test_a_report_becomes_progress_and_checkpoint() -> None:
+    world = World()
+    world.start()
+    checkpoint = {
+        "step": 100,
+        "uri": "s3://b/step-100",
+        "time": "2026-01-01T00:00:00Z",
+        "bytes": 9,
+        "digest": "x",
+    }
+    world.tell(make_report(step=120, tokensPerSecond=8100.0, etaSeconds=95, checkpoint=checkpoint))
+    world.settle()
+    assert world.status["progressText"] == "120/400"
+    assert world.status["progress"] == {
+        "step": 120,
+        "totalSteps": 400,
+        "tokens": 491520,
+        "loss": 3.0,
+        "tokensPerSecond": 8100.0,
+        "etaSeconds": 95,
+        "lastReportTime": stamp(world.now),
+    }
+    assert world.status["checkpoint"] == checkpoint
+    assert world.status["attempts"][-1]["endStep"] == 120
+
+
+def test_a_report_of_another_attempt_is_ignored() -> None:
+    world = World()
+    world.start()
+    world.tell(make_report(attempt=2))
+    assert world.plan().status is None
+
+
+def test_progress_alone_is_written_every_five_seconds_at_most() -> None:
+    world = World()
+    world.start()
+    world.tell(make_report(step=1))
+    world.settle()
+    written = []
+    for step in range(2, 22):
+        world.wait(1)
+        world.tell(make_report(step=step))
+        plan = world.step()
+        assert not plan.important
+        if plan.status is not None:
+            written.append(step)
+        else:
+            assert plan.wake_after is not None
+    assert written == [6, 11, 16, 21]
+
+
+def test_a_failure_is_written_at_once_with_the_progress_that_waited() -> None:
+    world = World()
+    world.start()
+    world.tell(make_report(step=10))
+    world.settle()
+    world.wait(1)
+    world.tell(make_report(step=11))
+    world.end(0, 1)
+    plan = world.step()
+    assert plan.important
+    assert world.status["progressText"] == "11/400"
+    assert world.status["attempts"][-1]["endStep"] == 11
+
+
+def test_progress_may_go_back_after_a_restart_but_the_checkpoint_never() -> None:
+    world = World()
+    world.start()
+    newer = {"step": 100, "uri": "s3://b/step-100", "time": "2026-01-01T00:00:00Z"}
+    world.tell(make_report(step=120, checkpoint=newer))
+    world.end(0, 1)
+    world.settle()
+    world.reap()
+    world.wait(10)
+    world.start()
+    older = {"step": 50, "uri": "s3://b/step-50", "time": "2026-01-01T00:00:00Z"}
+    world.tell(make_report(attempt=2, step=60, startStep=50, checkpoint=older))
+    world.settle()
+    assert world.status["progressText"] == "60/400"
+    assert world.status["checkpoint"]["step"] == 100
+    assert [(a["startStep"], a["endStep"]) for a in world.status["attempts"]] == [(0, 120), (50, 60)]
+
+
+def test_what_is_known_of_the_training_survives_an_operator_without_reports() -> None:
+    world = World()
+    world.start()
+    world.tell(make_report())
+    world.settle()
+    before = world.status
+    world.report = None
+    world.wait(100)
+    world.end(0, 1)
+    world.settle()
+    assert world.status["progress"] == before["progress"]
+    assert world.status["progressText"] == before["progressText"]
