@@ -46,7 +46,6 @@ class Process:
         command = [sys.executable, "-c", "from internlm_operator.cli import main; main()", "run"]
         command += [
             f"--namespace={NAMESPACE}",
-            f"--namespace={NAMESPACE}",
             "--trainer-image=trainer:1",
             f"--service-namespace={NAMESPACE}",
         ]
