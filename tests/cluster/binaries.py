@@ -1,7 +1,7 @@
 """The programs a test cluster consists of: Go programs built from tests/controlplane, and Debian packages.
 
-Run as a script, it prepares everything ahead of time; the cluster calls the same functions when it starts. Nothing
-is built twice: a finished binary is named by a hash of all that goes into it.
+Run as a script, it prepares everything ahead of time; the cluster calls the same functions when it starts.
+Nothing is built twice: a finished binary is named by a hash of all that goes into it.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def cache_dir() -> Path:
 
 
 def which(program: str) -> str | None:
-    """Like shutil.which, but also where Debian keeps system programs: those folders may not be on a user's PATH."""
+    """Like shutil.which, but also in the folders of system programs, which may not be on a user's PATH."""
     if program.startswith("/"):
         return program if Path(program).exists() else None
     return shutil.which(program, path=os.environ.get("PATH", "") + ":/usr/sbin:/sbin")
@@ -105,7 +105,7 @@ def _go_problem() -> str | None:
     version = subprocess.run(["go", "env", "GOVERSION"], capture_output=True, text=True, cwd=MODULES).stdout
     found = re.match(r"go(\d+)\.(\d+)", version)
     if found is None or (int(found[1]), int(found[2])) < MINIMUM_GO:
-        return f"a test cluster needs Go {wanted} or newer, and {version.strip() or 'an unknown version'} is here"
+        return f"a test cluster needs Go {wanted} or newer, not {version.strip() or 'an unknown version'}"
     return None
 
 
@@ -142,7 +142,7 @@ def binary_path(name: str) -> Path:
 def _link_flags(module: str) -> str:
     flags = "-s -w"
     if module == "kubernetes":
-        # Without these every program says v0.0.0-master, and kubectl and helm cannot parse the server's version.
+        # Without these every program says v0.0.0-master, which kubectl and helm cannot parse.
         text = (MODULES / module / "go.mod").read_text()
         major, minor, patch = re.findall(r"^\tk8s\.io/kubernetes v(\d+)\.(\d+)\.(\d+)$", text, re.M)[0]
         version = {"gitVersion": f"v{major}.{minor}.{patch}", "gitMajor": major, "gitMinor": minor}
@@ -166,7 +166,7 @@ def ensure(names: Iterable[str], log: Log) -> dict[str, Path]:
         # The big one first: its single-threaded link overlaps with the compilation of the others.
         order = sorted(by_module, key=lambda module: (module != "kubernetes", module))
         with ThreadPoolExecutor(max_workers=2) as pool:
-            list(pool.map(lambda module: [_build(name, log) for name in by_module[module]], order))
+            list(pool.map(lambda module: _build(by_module[module], log), order))
     return paths
 
 
@@ -176,7 +176,13 @@ def prepare(*, nodes: bool, log: Log) -> None:
     ensure(CONTROL_PLANE + (NODE if nodes else ()), log)
 
 
-def _build(name: str, log: Log) -> None:
+def _build(names: Iterable[str], log: Log) -> None:
+    for name in names:
+        with _heartbeat(name, log):
+            _build_one(name)
+
+
+def _build_one(name: str) -> None:
     program, path = PROGRAMS[name], binary_path(name)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
@@ -187,14 +193,13 @@ def _build(name: str, log: Log) -> None:
         "GOWORK": "off",
     }
     command = ["go", "build", "-trimpath", "-ldflags", _link_flags(program.module), "-o", str(temporary)]
-    with _heartbeat(name, log):
-        done = subprocess.run(
-            [*command, program.package],
-            cwd=MODULES / program.module,
-            env=environment,
-            capture_output=True,
-            text=True,
-        )
+    done = subprocess.run(
+        [*command, program.package],
+        cwd=MODULES / program.module,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
     if done.returncode:
         temporary.unlink(missing_ok=True)
         raise RuntimeError(f"building {name} failed:\n{done.stderr[-4000:]}")
@@ -227,6 +232,10 @@ def _lock(path: Path) -> Iterator[None]:
     with path.open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
+
+
+def silent(_: str) -> None:
+    """A log function for those who want none."""
 
 
 def progress() -> Log:

@@ -1,4 +1,4 @@
-"""A real Kubernetes cluster on this machine: `Cluster.up()`, `Cluster.down()`, and all that tests do in between.
+"""A real Kubernetes cluster on this machine: `Cluster.up()`, `Cluster.down()`, and what tests do in between.
 
 python3 tests/cluster/cluster.py up --nodes 2      # leaves it running
 python3 tests/cluster/cluster.py status
@@ -12,14 +12,13 @@ import json
 import os
 import shutil
 import sys
-import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 if not __package__:  # run as a script: this folder must not be where `import cluster` looks
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from cluster import binaries, images
+from cluster import binaries
 from cluster.binaries import Log, progress
 from cluster.controlplane import S3, ControlPlane, wait_until
 from cluster.network import MAX_NODES, Switch
@@ -27,22 +26,6 @@ from cluster.node import Node
 from cluster.state import State, claim, clusters_dir, kill_marked, leftovers, release, remove_cgroups
 
 GPU = "nvidia.com/gpu"
-DNS_CONFIG = """\
-cluster.local:53 {{
-    bind {address}
-    errors
-    kubernetes {{
-        kubeconfig {kubeconfig}
-        ttl 1
-    }}
-}}
-.:53 {{
-    bind {address}
-    template ANY ANY {{
-        rcode NXDOMAIN
-    }}
-}}
-"""
 
 
 class Cluster:
@@ -53,6 +36,7 @@ class Cluster:
         names = binaries.CONTROL_PLANE + (binaries.NODE if state.nodes else ())
         self.programs = {name: binaries.binary_path(name) for name in names}
         self.switch = Switch(state)
+        self.control_plane = ControlPlane(state, self.programs, self.switch)
         self._nodes = [Node(state, index, gpus_per_node, self.programs) for index in range(state.nodes)]
 
     # Life
@@ -65,20 +49,20 @@ class Cluster:
         gpus_per_node: int = 2,
         name: str = "dev",
         root: Path | None = None,
-        log: Log = lambda line: None,
+        log: Log = binaries.silent,
     ) -> Cluster:
         """Start a cluster and return once its nodes are ready and it answers.
 
         Args:
-            nodes: real nodes, each with its own kubelet and containers; 0 for an API server with its controllers
-                only, which needs no root and is there in a few seconds.
+            nodes: real nodes, each with its own kubelet and containers; 0 for an API server with its
+                controllers only, which needs no root and is there in a few seconds.
             gpus_per_node: how many `nvidia.com/gpu` a node advertises. There is no device behind them.
             name: clusters of different names live side by side.
             root: the cluster's folder; by default one of this name among the user's state files.
 
         Raises:
-            RuntimeError: no cluster can run here, or one of this name already does; the message says which. What
-                had been started by then is gone again.
+            RuntimeError: no cluster can run here, or one of this name already does; the message says which.
+                What had been started by then is gone again.
         """
         reason = binaries.unavailable(nodes=nodes > 0)
         if reason:
@@ -110,12 +94,10 @@ class Cluster:
 
     def _start(self, log: Log) -> None:
         state = self.state
-        prefix: list[str] = []
         if state.nodes:
             self.switch.start(self.programs["pause"])
-            prefix = self.switch.prefix
         self._write_tools()
-        control = self.control_plane = ControlPlane(state, self.programs, prefix)
+        control = self.control_plane
         control.create_identities()
         control.add_identity("proxy", "system:kube-proxy")
         control.add_identity("dns", "system:coredns")
@@ -130,7 +112,7 @@ class Cluster:
             list(pool.map(Node.join, self._nodes))
         self._wait_for_account()
         if state.nodes:
-            self._start_dns()
+            control.start_dns()
             for node in self._nodes:
                 self.wait_node(node.name)
                 log(f"{node.name} is ready")
@@ -144,12 +126,7 @@ class Cluster:
         state = self.state
         kill_marked(state.root)
         remove_cgroups(state.cgroup)
-        deadline = time.monotonic() + 20
-        # The kernel takes the interface away with the switch's namespace, a moment after its last process.
-        while (
-            any(trace.startswith("interface") for trace in leftovers(state)) and time.monotonic() < deadline
-        ):
-            time.sleep(0.05)
+        self.switch.remove()
         if keep_logs is not None:
             shutil.copytree(state.root / "logs", keep_logs, dirs_exist_ok=True)
         release(state)
@@ -166,25 +143,6 @@ class Cluster:
         if "helm" in self.programs:
             (folder / "helm").symlink_to(self.programs["helm"])
 
-    def _start_dns(self) -> None:
-        verbs = ["get", "list", "watch"]
-        rules = [
-            {"apiGroups": [""], "resources": ["services", "pods", "namespaces", "endpoints"], "verbs": verbs},
-            {"apiGroups": ["discovery.k8s.io"], "resources": ["endpointslices"], "verbs": verbs},
-        ]
-        kind, name = {"apiVersion": "rbac.authorization.k8s.io/v1"}, {"metadata": {"name": "system:coredns"}}
-        reference = {"apiGroup": "rbac.authorization.k8s.io", "kind": "ClusterRole", "name": "system:coredns"}
-        user = {"apiGroup": "rbac.authorization.k8s.io", "kind": "User", "name": "system:coredns"}
-        self.apply(
-            kind | name | {"kind": "ClusterRole", "rules": rules},
-            kind | name | {"kind": "ClusterRoleBinding", "roleRef": reference, "subjects": [user]},
-        )
-        config = self.state.root / "Corefile"
-        kubeconfig = self.control_plane.kubeconfig("dns")
-        config.write_text(DNS_CONFIG.format(address=self.state.address, kubeconfig=kubeconfig))
-        command = [*self.switch.prefix, self.programs["coredns"], "-conf", config]
-        self.state.start("coredns", command)
-
     def _wait_for_account(self) -> None:
         """Pods are refused in a namespace until the controllers have made its default service account."""
         command = (
@@ -198,17 +156,6 @@ class Cluster:
         wait_until(lambda: self.kubectl(*command), "the default service account", 60)
 
     # Use
-
-    @property
-    def control_plane(self) -> ControlPlane:
-        if not hasattr(self, "_control_plane"):
-            prefix = self.switch.prefix if self.state.nodes else []
-            self._control_plane = ControlPlane(self.state, self.programs, prefix)
-        return self._control_plane
-
-    @control_plane.setter
-    def control_plane(self, value: ControlPlane) -> None:
-        self._control_plane = value
 
     @property
     def root(self) -> Path:
@@ -238,14 +185,13 @@ class Cluster:
         """The helm program; give it `--kubeconfig`."""
         return self.programs["helm"]
 
-    def kubectl(self, *arguments: str, input: str | None = None, check: bool = True) -> str:
+    def kubectl(self, *arguments: str, input: str | None = None, check: bool = True) -> str:  # noqa: A002
         """Run kubectl as the administrator and return what it prints; RuntimeError when it fails."""
         return self.control_plane.kubectl(*arguments, input=input, check=check)
 
     def apply(self, *manifests: object) -> None:
         """kubectl apply of manifests that are given as plain Python data."""
-        items = {"apiVersion": "v1", "kind": "List", "items": list(manifests)}
-        self.kubectl("apply", "--filename=-", input=json.dumps(items))
+        self.control_plane.apply(*manifests)
 
     def import_image(self, archive: Path) -> None:
         """Load a docker-archive into every node; pods then use its tag with imagePullPolicy Never."""
@@ -253,7 +199,7 @@ class Cluster:
             list(pool.map(lambda node: node.import_image(archive), self._nodes))
 
     def torch_volume(self, namespace: str, layer: Path, name: str = "torch") -> str:
-        """Offer the folder of `images.torch_layer` to a namespace's pods: returns the claim to mount read-only.
+        """Offer the folder of `images.torch_layer` to a namespace's pods; returns the claim to mount.
 
         A claim, because Pod Security 'restricted' refuses hostPath volumes in pods.
         """
@@ -287,7 +233,7 @@ class Cluster:
         return self._nodes[self.nodes.index(name)]
 
     def wait_node(self, name: str, ready: bool = True, timeout: float = 90) -> None:
-        """Wait until the node is Ready with all its GPUs, or (ready=False) until the cluster has seen it lost."""
+        """Wait until the node is Ready with all its GPUs, or (ready=False) is seen as lost."""
         node = self._node(name)
 
         def reached() -> bool:
@@ -304,7 +250,7 @@ class Cluster:
         wait_until(reached, f"{name} to be {'ready' if ready else 'seen as lost'}", timeout, interval=0.3)
 
     def kill_node(self, name: str) -> None:
-        """Kill everything on the node at once: kubelet, containerd, containers. The API server is not told."""
+        """Kill everything on the node at once, containers included. The API server is not told."""
         self._node(name).power_off()
 
     def start_node(self, name: str) -> None:
@@ -374,9 +320,8 @@ def _up(options: argparse.Namespace) -> None:
     . {cluster.root}/s3.env    # S3 credentials; endpoint {cluster.s3.endpoint}, bucket {cluster.s3.bucket}
 
     kubectl get nodes
-    kubectl run --rm -it --image {images.BASE_TAG} --image-pull-policy Never try -- bash   # once it is imported
     ls {cluster.root}/logs
-    make cluster-down""")
+    python3 tests/cluster/cluster.py down --name {options.name}    # or: make cluster-down""")
 
 
 def _down(options: argparse.Namespace) -> None:

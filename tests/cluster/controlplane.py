@@ -1,4 +1,4 @@
-"""The control plane of a test cluster: etcd, API server, controller manager, scheduler, and MinIO beside them."""
+"""The control plane of a test cluster: etcd, API server, controllers, scheduler; and MinIO and DNS."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from cluster.network import Switch
 from cluster.pki import Authority
 from cluster.state import State
 
@@ -43,16 +44,39 @@ class S3:
         }
 
 
-class ControlPlane:
-    """Starts the components into a State; `prefix` puts a command into the cluster's network namespace."""
+DNS_CONFIG = """\
+cluster.local:53 {{
+    bind {address}
+    errors
+    kubernetes {{
+        kubeconfig {kubeconfig}
+        ttl 1
+    }}
+}}
+.:53 {{
+    bind {address}
+    template ANY ANY {{
+        rcode NXDOMAIN
+    }}
+}}
+"""
 
-    def __init__(self, state: State, programs: dict[str, Path], prefix: list[str]) -> None:
+
+class ControlPlane:
+    """Starts the components into a State: behind the switch, or on this machine's loopback without nodes."""
+
+    def __init__(self, state: State, programs: dict[str, Path], switch: Switch) -> None:
         self.state = state
         self.programs = programs
-        self.prefix = prefix
+        self.switch = switch
         self.authority = Authority(state.root / "pki")
         self.server = f"https://{state.address}:{API_PORT}"
         self.etcd = f"http://{'127.0.0.1' if state.nodes else state.address}:2379"
+
+    @property
+    def prefix(self) -> list[str]:
+        """Puts a command into the right network namespace."""
+        return self.switch.prefix if self.state.nodes else []
 
     def create_identities(self) -> None:
         self.authority.create(self.state.address, service_address(self.state, 1))
@@ -69,7 +93,7 @@ class ControlPlane:
         return self.state.root / "kubeconfig" / name
 
     def start(self) -> None:
-        """Start everything and return once the API server answers; the rest follows within a second or two."""
+        """Start everything and return once the API server answers; the rest follows in a second or two."""
         self.start_s3()
         self._kubernetes(
             "etcd",
@@ -87,7 +111,10 @@ class ControlPlane:
             "--use-service-account-credentials",
             "--leader-elect=false",
             "--secure-port=0",
-            # Tests of lost nodes should not wait out production's 50 seconds. Kubelets report every 2 seconds.
+            # The default, 20 requests a second, makes its start alone take 5 seconds.
+            "--kube-api-qps=500",
+            "--kube-api-burst=1000",
+            # Tests of lost nodes should not wait out production's 50 seconds. Kubelets report every 2.
             "--node-monitor-period=1s",
             "--node-monitor-grace-period=10s",
             FEATURES,
@@ -141,10 +168,10 @@ class ControlPlane:
             (state.root / file).write_text(text)
         # MinIO takes each folder of its drive for a bucket.
         (state.root / "s3" / BUCKET).mkdir(parents=True)
+        flags = ["--quiet", f"--address={address}", f"--console-address={state.address}:{S3_PORT + 1}"]
         state.start(
             "minio",
-            [*self.prefix, self.programs["minio"], "server", "--quiet", "--address", address]
-            + ["--console-address", f"{state.address}:{S3_PORT + 1}", state.root / "s3"],
+            [*self.prefix, self.programs["minio"], "server", *flags, state.root / "s3"],
             {
                 "MINIO_ROOT_USER": s3.access_key,
                 "MINIO_ROOT_PASSWORD": s3.secret_key,
@@ -152,6 +179,26 @@ class ControlPlane:
                 "MINIO_UPDATE": "off",
             },
         )
+
+    def start_dns(self) -> None:
+        """Start CoreDNS, which serves the cluster's names to pods and knows no others."""
+        verbs = ["get", "list", "watch"]
+        rules = [
+            {"apiGroups": [""], "resources": ["services", "pods", "namespaces"], "verbs": verbs},
+            {"apiGroups": ["discovery.k8s.io"], "resources": ["endpointslices"], "verbs": verbs},
+        ]
+        api, name = "rbac.authorization.k8s.io", {"name": "system:coredns"}
+        common = {"apiVersion": f"{api}/v1", "metadata": name}
+        subjects = [name | {"apiGroup": api, "kind": "User"}]
+        self.apply(
+            common | {"kind": "ClusterRole", "rules": rules},
+            common
+            | {"kind": "ClusterRoleBinding"}
+            | {"roleRef": name | {"apiGroup": api, "kind": "ClusterRole"}, "subjects": subjects},
+        )
+        config = self.state.root / "Corefile"
+        config.write_text(DNS_CONFIG.format(address=self.state.address, kubeconfig=self.kubeconfig("dns")))
+        self.state.start("coredns", [*self.prefix, self.programs["coredns"], "-conf", config])
 
     def _kubernetes(self, program: str, *flags: str) -> None:
         self.state.start(program, [*self.prefix, self.programs["kubernetes"], program, *flags])
@@ -177,8 +224,8 @@ class ControlPlane:
 
         wait_until(ready, "the API server to be ready", timeout, interval=0.05)
 
-    def kubectl(self, *arguments: str, input: str | None = None, check: bool = True) -> str:
-        """Run kubectl as admin; returns its standard output, RuntimeError with its standard error on failure."""
+    def kubectl(self, *arguments: str, input: str | None = None, check: bool = True) -> str:  # noqa: A002
+        """Run kubectl as admin; returns what it prints, RuntimeError with its complaint when it fails."""
         environment = {key: value for key, value in os.environ.items() if "proxy" not in key.lower()}
         environment |= {"KUBECONFIG": str(self.kubeconfig("admin"))}
         done = subprocess.run(
@@ -191,6 +238,10 @@ class ControlPlane:
         if check and done.returncode:
             raise RuntimeError(f"kubectl {' '.join(arguments)}: {done.stderr.strip()}")
         return done.stdout
+
+    def apply(self, *manifests: object) -> None:
+        items = {"apiVersion": "v1", "kind": "List", "items": list(manifests)}
+        self.kubectl("apply", "--filename=-", input=json.dumps(items))
 
 
 def service_address(state: State, index: int) -> str:

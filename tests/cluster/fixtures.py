@@ -1,7 +1,7 @@
-"""pytest fixtures with a real Kubernetes: load them with `pytest_plugins = ["cluster.fixtures"]` in tests/conftest.py.
+"""pytest fixtures with a real Kubernetes; in tests/conftest.py: `pytest_plugins = ["cluster.fixtures"]`.
 
-`control_plane` is enough for whatever does not run pods and starts in seconds; `cluster` has two nodes. A session
-whose tests use both gets one cluster for both. Skips, with the reason, where no cluster can run.
+`control_plane` is enough for whatever does not run pods and starts in seconds; `cluster` has two nodes. A
+session whose tests use both gets one cluster for both. Skips, with the reason, where no cluster can run.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import pytest
 
 from cluster import binaries
 from cluster.cluster import Cluster
+from cluster.state import clusters_dir, start_time
 
 
 @pytest.fixture(scope="session")
@@ -29,7 +30,7 @@ def cluster() -> Iterator[Cluster]:
 
 @pytest.fixture(scope="session")
 def control_plane(request: pytest.FixtureRequest) -> Iterator[Cluster]:
-    """An API server with its controllers, maybe without nodes. Tests share it: use a namespace of your own."""
+    """An API server with its controllers, maybe without nodes. Tests share it, as they do `cluster`."""
     others = {name for item in request.session.items for name in getattr(item, "fixturenames", ())}
     if "cluster" in others and binaries.unavailable() is None:
         yield request.getfixturevalue("cluster")
@@ -56,9 +57,18 @@ def pytest_collection_finish(session: pytest.Session) -> None:
 @contextmanager
 def running(nodes: int, name: str = "pytest") -> Iterator[Cluster]:
     """A cluster of this test session's own, beside any that a developer has running."""
+    remove_orphans(name)
     started = Cluster.up(nodes=nodes, name=f"{name}-{os.getpid()}", log=binaries.progress())
     try:
         yield started
     finally:
         logs = os.environ.get("INTERNLM_TEST_CLUSTER_LOGS")
         started.down(keep_logs=Path(logs) if logs else None)
+
+
+def remove_orphans(name: str) -> None:
+    """Take down clusters of earlier test sessions that were killed before they could do so themselves."""
+    for folder in clusters_dir().glob(f"{name}-*"):
+        owner = folder.name.removeprefix(f"{name}-")
+        if owner.isdigit() and start_time(int(owner)) is None and (orphan := Cluster.attach(root=folder)):
+            orphan.down()

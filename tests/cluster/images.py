@@ -1,4 +1,4 @@
-"""Container images without a registry or a daemon: a Debian base, builds of the project's Dockerfile, PyTorch.
+"""Container images without a registry or a daemon: a Debian base, the project's Dockerfile, PyTorch.
 
 An image is a tar in docker-archive format that `Cluster.import_image` loads into every node.
 """
@@ -67,7 +67,7 @@ def _write_archive(target: io.IOBase, tag: str, layer: io.IOBase, config: dict[s
         "rootfs": {"type": "layers", "diff_ids": [f"sha256:{digest}"]},
     }
     manifest = [{"Config": "config.json", "RepoTags": [tag], "Layers": ["layer.tar"]}]
-    with tarfile.open(fileobj=target, mode="w") as tar:  # type: ignore[call-overload]
+    with tarfile.open(fileobj=target, mode="w") as tar:
         for name, content in (("manifest.json", manifest), ("config.json", image)):
             data = json.dumps(content).encode()
             entry = tarfile.TarInfo(name)
@@ -75,14 +75,14 @@ def _write_archive(target: io.IOBase, tag: str, layer: io.IOBase, config: dict[s
             tar.addfile(entry, io.BytesIO(data))
         entry = tarfile.TarInfo("layer.tar")
         entry.size = size
-        tar.addfile(entry, layer)  # type: ignore[arg-type]
+        tar.addfile(entry, layer)
 
 
 def base_image(log: Log = print) -> Path:
     """Debian with Python, pip and this machine's certificates, as a docker-archive tagged BASE_TAG.
 
-    Behaves as the official Python images do: `python` and `pip` are there and pip may install system-wide. Packages
-    in TORCH_MOUNT, if anything is mounted there, count as installed.
+    Behaves as the official Python images do: `python` and `pip` are there and pip may install system-wide.
+    Packages in TORCH_MOUNT, if anything is mounted there, count as installed.
     """
     pip_config = "[global]\n" + "".join(f"{key} = {value}\n" for key, value in _pip_settings().items())
     certificates = CA_BUNDLE.read_bytes() if CA_BUNDLE.exists() else b""
@@ -164,7 +164,7 @@ def build(
     output: Path | None = None,
     log: Log = print,
 ) -> Path:
-    """Build one target of a Dockerfile (the one in the context, by default) and return it as a docker-archive.
+    """Build one target of a Dockerfile (by default the context's own) and return it as a docker-archive.
 
     Args:
         build_args: the Dockerfile's ARGs; the base image is there under BASE_TAG.
@@ -201,10 +201,10 @@ def build(
 
 
 def torch_layer(venv: Path, log: Log = print) -> Path:
-    """A folder in the cache with torch and all that it requires, as hard links to this virtual environment's files.
+    """A folder in the cache with torch and all that it requires, as hard links into this virtual environment.
 
-    Test pods mount it read-only at TORCH_MOUNT: an image with PyTorch's 5 GB in it would be copied three times
-    before a pod starts.
+    Test pods mount it read-only at TORCH_MOUNT: an image with PyTorch's 5 GB in it would be copied three
+    times before a pod starts.
     """
     site = next(iter(sorted(venv.glob("lib/python3.*/site-packages"))), None)
     if site is None or site.parent.name != PYTHON:

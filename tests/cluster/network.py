@@ -14,13 +14,13 @@ import subprocess
 import time
 from pathlib import Path
 
-from cluster.state import Daemon, State
+from cluster.state import Daemon, State, interface_exists
 
 BRIDGE = "nodes"
 MAX_NODES = 16
 
 
-def run(*command: str | Path, input: bytes | None = None) -> str:
+def run(*command: str | Path, input: bytes | None = None) -> str:  # noqa: A002
     """Run a command to its end; RuntimeError with what it said when it fails."""
     done = subprocess.run([str(word) for word in command], input=input, capture_output=True)
     if done.returncode:
@@ -86,8 +86,15 @@ class Switch:
                 )
             run(*enter, "ip", "route", "add", f"{state.network}.128.0/17", "via", node_address(state, 0))
 
+    def remove(self) -> None:
+        """Remove the machine's end of the pair: else the kernel does, but at times only after a minute."""
+        command = ["ip", "link", "delete", self.state.interface]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode and interface_exists(self.state.interface):
+            raise RuntimeError(f"{' '.join(command)}: {done.stderr.strip()}")
+
     def plug(self, name: str, index: int, pid: int) -> None:
-        """Give the namespace of this process an eth0 that hangs on the bridge, with the node's address and routes."""
+        """Give the namespace of this process an eth0 on the bridge, with the node's address and routes."""
         state = self.state
         peer = ("peer", "name", name, "netns", str(self.holder.pid))
         run("ip", "link", "add", "eth0", "netns", str(pid), "type", "veth", *peer)

@@ -1,8 +1,9 @@
 """One node of a test cluster: containerd, kubelet, kube-proxy and a device plugin in namespaces of their own.
 
-A node is a machine in all that matters to tests: it has its own processes, mounts, network interfaces, firewall and
-host name. Killing the first process of its process namespace is pulling the power cord: the kernel kills everything
-in it, containers included, and takes mounts and interfaces away. What is under `var-lib` is the node's disk.
+A node is a machine in all that matters to tests: it has its own processes, mounts, network interfaces,
+firewall and host name. Killing the first process of its process namespace is pulling the power cord: the
+kernel kills everything in it, containers included, and takes mounts and interfaces away. What is under
+`var-lib` is the node's disk.
 """
 
 from __future__ import annotations
@@ -46,7 +47,8 @@ folder=$1; shift
 mount --make-rshared /
 mount --bind "$folder/var-log" /var/log
 # The node's own /var/lib, over the machine's, as caches and clusters may be somewhere below it.
-mount -t overlay -o "lowerdir=/var/lib,upperdir=$folder/overlay/upper,workdir=$folder/overlay/work" lib /var/lib
+layers="lowerdir=/var/lib,upperdir=$folder/overlay/upper,workdir=$folder/overlay/work"
+mount -t overlay -o "$layers" lib /var/lib
 for part in cni containerd kubelet; do
   mkdir -p "/var/lib/$part"
   mount --bind "$folder/var-lib/$part" "/var/lib/$part"

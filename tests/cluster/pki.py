@@ -28,7 +28,7 @@ class Authority:
         self.certificate = folder / "ca.crt"
 
     def create(self, address: str, service_address: str) -> None:
-        """Make the authority, the API server's serving certificate and the key that signs service account tokens."""
+        """Make the authority, the API server's certificate and the key that signs service account tokens."""
         self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         curve = ("-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes")
         openssl(

@@ -1,9 +1,9 @@
 """What a cluster has done to this machine, written down so that any later process can undo it.
 
-A cluster leaves three kinds of trace outside its own folder: processes, network interfaces (which die with the
-processes that hold their namespaces) and cgroups. Every process is started with a marker in its environment that
-names the cluster's folder. So even one that was started in the instant before a crash, and never got into the state
-file, is found again; and nothing that belongs to someone else can be mistaken for ours.
+A cluster leaves three kinds of trace outside its own folder: processes, one network interface and cgroups.
+Every process is started with a marker in its environment that names the cluster's folder. So even one that
+was started in the instant before a crash, and never got into the state file, is found again; and nothing that
+belongs to someone else can be mistaken for ours.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import subprocess
 import tempfile
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -58,7 +58,7 @@ class State:
     daemons: dict[str, Daemon] = field(default_factory=dict)
     _lock: threading.RLock = field(default_factory=threading.RLock, repr=False)
 
-    # All addresses follow from the slot: 10.(96 + slot).0.0/16 for a cluster with nodes, one loopback address without.
+    # Addresses follow from the slot: 10.(96 + slot).0.0/16 with nodes, one loopback address without.
     @property
     def network(self) -> str:
         return f"10.{96 + self.slot}"
@@ -77,8 +77,8 @@ class State:
         return f"internlm-test-{self.slot}"
 
     def save(self) -> None:
-        data = {"slot": self.slot, "nodes": self.nodes}
-        data |= {"daemons": {name: asdict(daemon) for name, daemon in self.daemons.items()}}
+        daemons = {name: asdict(daemon) for name, daemon in self.daemons.items()}
+        data = {"slot": self.slot, "nodes": self.nodes, "daemons": daemons}
         temporary = self.root / ".state.json"
         temporary.write_text(json.dumps(data, indent=1))
         temporary.rename(self.root / "state.json")
@@ -96,7 +96,7 @@ class State:
         return self.root / "logs" / f"{name}.log"
 
     def start(
-        self, name: str, command: Sequence[str | Path], environment: dict[str, str] | None = None
+        self, name: str, command: Iterable[str | Path], environment: dict[str, str] | None = None
     ) -> Daemon:
         """Start a daemon with its output in logs/NAME.log. It outlives this process."""
         daemon = Daemon(name, [str(word) for word in command], environment or {})
@@ -193,7 +193,7 @@ def wait_gone(pids: Sequence[int], timeout: float) -> None:
 
 
 def kill_marked(root: Path, timeout: float = 30) -> None:
-    """Kill everything that was started for this cluster; in rounds, as a dying process may have just forked."""
+    """Kill everything that was started for this cluster; in rounds, as a process may just have forked."""
     deadline = time.monotonic() + timeout
     while pids := marked_processes(root):
         for pid in pids:
@@ -238,7 +238,7 @@ def _slots_dir() -> Path:
 
 
 def claim(root: Path, nodes: int) -> State:
-    """Take a free slot for a new cluster in this folder; RuntimeError when the folder is in use or none is free."""
+    """Take a free slot for a new cluster; RuntimeError when its folder is in use or no slot is free."""
     if (root / "state.json").exists():
         raise RuntimeError(
             f"a cluster is already in {root}: use it, or take it down first (make cluster-down)"
@@ -298,14 +298,15 @@ def _addresses_taken(state: State) -> bool:
     routes = subprocess.run(["ip", "-json", "route", "show", "table", "all"], capture_output=True, text=True)
     for route in json.loads(routes.stdout or "[]"):
         destination = route.get("dst", "default")
-        if ":" not in destination and destination != "default":
-            if ipaddress.ip_network(destination, strict=False).overlaps(ours):
-                return True
+        if destination == "default" or ":" in destination:
+            continue
+        if ipaddress.ip_network(destination, strict=False).overlaps(ours):
+            return True
     return False
 
 
 def release(state: State) -> None:
-    """Remove the cluster's folder and give the slot back. state.json goes last: a crash before it can be repeated."""
+    """Remove the cluster's folder and give the slot back; state.json goes last, so it can be repeated."""
     for entry in state.root.iterdir():
         if entry.name != "state.json":
             shutil.rmtree(entry) if entry.is_dir() else entry.unlink()

@@ -12,6 +12,7 @@ import time
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -27,18 +28,18 @@ SLEEP = "import signal; signal.sigwait([signal.SIGTERM])"
 # Looks up the other pod, asks the API server as its service account, and the object storage for its health.
 LOOK_AROUND = """
 import os, socket, ssl, time, urllib.request
-def retry(action, deadline=time.monotonic() + 60):
+def retry(action):
     while True:
         try:
             return action()
         except OSError as error:
-            if time.monotonic() > deadline:
-                raise
+            print(time.monotonic(), error, flush=True)
             time.sleep(0.5)
 found = retry(lambda: socket.gethostbyname(os.environ["PEER"]))
 token = open("/var/run/secrets/kubernetes.io/serviceaccount/token").read()
 trust = ssl.create_default_context(cafile="/var/run/secrets/kubernetes.io/serviceaccount/ca.crt")
-request = urllib.request.Request("https://kubernetes.default.svc/api", headers={"Authorization": "Bearer " + token})
+login = {"Authorization": "Bearer " + token}
+request = urllib.request.Request("https://kubernetes.default.svc/api", headers=login)
 api = retry(lambda: urllib.request.urlopen(request, context=trust, timeout=5)).status
 s3 = retry(lambda: urllib.request.urlopen(os.environ["S3"] + "/minio/health/live", timeout=5)).status
 print("peer", found, "api", api, "s3", s3, flush=True)
@@ -66,7 +67,7 @@ def namespace(cluster: Cluster) -> Iterator[str]:
     cluster.kubectl("delete", "namespace", name, "--wait=false")
 
 
-def pod(name: str, namespace: str, code: str, *, gpus: int = 0, **spec: object) -> dict[str, object]:
+def pod(name: str, namespace: str, code: str, *, gpus: int = 0, **spec: Any) -> dict[str, Any]:
     container = {
         "name": "main",
         "image": images.BASE_TAG,
@@ -90,9 +91,9 @@ def pod(name: str, namespace: str, code: str, *, gpus: int = 0, **spec: object) 
     }
 
 
-def status(cluster: Cluster, namespace: str, name: str) -> dict[str, object]:
+def status(cluster: Cluster, namespace: str, name: str) -> dict[str, Any]:
     found = cluster.kubectl("get", "pod", name, f"--namespace={namespace}", "--output=json")
-    result: dict[str, object] = json.loads(found)["status"]
+    result: dict[str, Any] = json.loads(found)["status"]
     return result
 
 
@@ -102,34 +103,43 @@ def wait_phase(cluster: Cluster, namespace: str, name: str, phase: str, timeout:
     )
 
 
+def wait_log(cluster: Cluster, namespace: str, name: str, expected: str, timeout: float = 60) -> None:
+    deadline = time.monotonic() + timeout
+    while expected not in (log := cluster.kubectl("logs", name, f"--namespace={namespace}")):
+        assert time.monotonic() < deadline, f"pod {name} did not print {expected!r} but:\n{log}"
+        time.sleep(0.2)
+
+
+@pytest.mark.usefixtures("base")
 def test_pods_on_two_nodes_find_each_other_the_api_server_and_the_object_storage(
-    cluster: Cluster, base: str, namespace: str
+    cluster: Cluster, namespace: str
 ) -> None:
     service = {"clusterIP": "None", "publishNotReadyAddresses": True, "selector": {"group": "pair"}}
     metadata = {"name": "pair", "namespace": namespace}
-    manifests = [{"apiVersion": "v1", "kind": "Service", "metadata": metadata, "spec": service}]
+    manifests: list[dict[str, Any]] = [
+        {"apiVersion": "v1", "kind": "Service", "metadata": metadata, "spec": service}
+    ]
     for index, node in enumerate(cluster.nodes):
         peer = f"pair-{1 - index}.pair.{namespace}.svc.cluster.local"
         env = [{"name": "PEER", "value": peer}, {"name": "S3", "value": cluster.s3.endpoint}]
-        place = {"nodeName": node, "hostname": f"pair-{index}", "subdomain": "pair"}
+        place: dict[str, Any] = {"nodeName": node, "hostname": f"pair-{index}", "subdomain": "pair"}
         manifest = pod(f"pair-{index}", namespace, LOOK_AROUND, env=env, **place)
-        manifest["metadata"] |= {"labels": {"group": "pair"}}  # type: ignore[operator]
+        manifest["metadata"] |= {"labels": {"group": "pair"}}
         manifests.append(manifest)
     cluster.apply(*manifests)
     for index in range(2):
         wait_phase(cluster, namespace, f"pair-{index}", "Running")
     for index in range(2):
         address = status(cluster, namespace, f"pair-{1 - index}")["podIP"]
-        log = ("logs", f"pair-{index}", f"--namespace={namespace}")
-        expected = f"peer {address} api 200 s3 200"
-        wait_until(lambda: expected in cluster.kubectl(*log), f"pod {index} to print {expected!r}", 60)  # noqa: B023
+        wait_log(cluster, namespace, f"pair-{index}", f"peer {address} api 200 s3 200")
 
 
-def test_a_pod_is_bound_only_where_enough_gpus_are(cluster: Cluster, base: str, namespace: str) -> None:
+@pytest.mark.usefixtures("base")
+def test_a_pod_is_bound_only_where_enough_gpus_are(cluster: Cluster, namespace: str) -> None:
     cluster.apply(pod("three", namespace, SLEEP, gpus=3), pod("two", namespace, SLEEP, gpus=2))
     wait_phase(cluster, namespace, "two", "Running")
     conditions = status(cluster, namespace, "three")["conditions"]
-    [bound] = [item for item in conditions if item["type"] == "PodScheduled"]  # type: ignore[attr-defined]
+    [bound] = [item for item in conditions if item["type"] == "PodScheduled"]
     assert (bound["status"], bound["reason"]) == ("False", "Unschedulable")
     assert f"Insufficient {GPU}" in bound["message"]
 
@@ -142,20 +152,20 @@ def test_a_failed_gpu_is_no_longer_allocatable(cluster: Cluster) -> None:
     wait_until(lambda: cluster.kubectl("get", "node", "node-0", path) == "2", "both GPUs to be back", 30)
 
 
-def test_killing_a_process_from_outside_fails_its_container(
-    cluster: Cluster, base: str, namespace: str
-) -> None:
+@pytest.mark.usefixtures("base")
+def test_killing_a_process_from_outside_fails_its_container(cluster: Cluster, namespace: str) -> None:
     cluster.apply(pod("victim", namespace, f"import os; os.fork(); {SLEEP}"))
     wait_phase(cluster, namespace, "victim", "Running")
     wait_until(lambda: len(cluster.container_pids(namespace, "victim")) == 2, "both processes", 30)
     os.kill(cluster.container_pids(namespace, "victim")[0], signal.SIGKILL)
     wait_phase(cluster, namespace, "victim", "Failed")
-    [container] = status(cluster, namespace, "victim")["containerStatuses"]  # type: ignore[misc]
+    [container] = status(cluster, namespace, "victim")["containerStatuses"]
     assert container["state"]["terminated"]["exitCode"] == 137
 
 
+@pytest.mark.usefixtures("base")
 def test_a_read_only_folder_of_this_machine_is_mounted_by_claim(
-    cluster: Cluster, base: str, namespace: str, tmp_path: Path
+    cluster: Cluster, namespace: str, tmp_path: Path
 ) -> None:
     (tmp_path / "torch.py").write_text("__version__ = '0.0.test'")
     tmp_path.chmod(0o755)
@@ -167,8 +177,9 @@ def test_a_read_only_folder_of_this_machine_is_mounted_by_claim(
     wait_phase(cluster, namespace, "torch", "Succeeded")
 
 
+@pytest.mark.usefixtures("base")
 def test_an_image_is_built_from_a_dockerfile_and_runs(
-    cluster: Cluster, base: str, namespace: str, tmp_path: Path
+    cluster: Cluster, namespace: str, tmp_path: Path
 ) -> None:
     dockerfile = "ARG BASE\nFROM ${BASE} AS small\nRUN cat /data/word > /word\nRUN pip --version\n"
     (tmp_path / "Dockerfile").write_text(dockerfile)
@@ -184,14 +195,13 @@ def test_an_image_is_built_from_a_dockerfile_and_runs(
     )
     cluster.import_image(archive)
     manifest = pod("small", namespace, "assert open('/word').read() == 'built'")
-    manifest["spec"]["containers"][0]["image"] = "localhost/small:1"  # type: ignore[index]
+    manifest["spec"]["containers"][0]["image"] = "localhost/small:1"
     cluster.apply(manifest)
     wait_phase(cluster, namespace, "small", "Succeeded")
 
 
-def test_this_machine_reaches_services_and_pods_reach_this_machine(
-    cluster: Cluster, base: str, namespace: str
-) -> None:
+@pytest.mark.usefixtures("base")
+def test_this_machine_reaches_services_and_pods_reach_this_machine(cluster: Cluster, namespace: str) -> None:
     with socket.create_server((cluster.host, 0)) as server:
         server.settimeout(60)
         port = server.getsockname()[1]
@@ -246,8 +256,9 @@ def test_a_partitioned_node_is_lost_and_found_again(cluster: Cluster) -> None:
     cluster.wait_node("node-1")
 
 
+@pytest.mark.usefixtures("base")
 def test_a_killed_node_is_lost_and_starts_its_pods_anew_when_it_boots(
-    cluster: Cluster, base: str, namespace: str
+    cluster: Cluster, namespace: str
 ) -> None:
     cluster.apply(pod("survivor", namespace, SLEEP, nodeName="node-1", restartPolicy="Always"))
     wait_phase(cluster, namespace, "survivor", "Running")
@@ -259,12 +270,12 @@ def test_a_killed_node_is_lost_and_starts_its_pods_anew_when_it_boots(
 
     def restarted() -> bool:
         statuses = status(cluster, namespace, "survivor")["containerStatuses"]
-        return bool(statuses[0]["restartCount"] and statuses[0]["ready"])  # type: ignore[index]
+        return bool(statuses[0]["restartCount"] and statuses[0]["ready"])
 
     wait_until(restarted, "the container to run again", 60)
 
 
-def traces() -> dict[str, object]:
+def traces() -> dict[str, Any]:
     """What a cluster could change on this machine."""
 
     def lines(*command: str) -> list[str]:
@@ -284,7 +295,8 @@ def traces() -> dict[str, object]:
     }
 
 
-def test_a_second_cluster_lives_beside_and_goes_without_a_trace(cluster: Cluster, base: str) -> None:
+@pytest.mark.usefixtures("base")
+def test_a_second_cluster_lives_beside_and_goes_without_a_trace(cluster: Cluster) -> None:
     before = traces()
     with running(nodes=1, name="second") as second:
         second.import_image(images.base_image())
@@ -299,10 +311,9 @@ def test_a_second_cluster_lives_beside_and_goes_without_a_trace(cluster: Cluster
     assert cluster.kubectl("get", "nodes", "--output=name").split() == ["node/node-0", "node/node-1"]
 
 
+@pytest.mark.usefixtures("cluster")
 @pytest.mark.parametrize("seconds", [0.6, 2.5, 6.0])
-def test_a_cluster_whose_maker_was_killed_halfway_can_be_removed(
-    cluster: Cluster, tmp_path: Path, seconds: float
-) -> None:
+def test_a_cluster_whose_maker_was_killed_halfway_can_be_removed(tmp_path: Path, seconds: float) -> None:
     before = traces()
     code = "import sys; from pathlib import Path; from cluster.cluster import Cluster; "
     code += "Cluster.up(nodes=1, root=Path(sys.argv[1]))"
