@@ -125,8 +125,9 @@ class Cluster:
         """
         state = self.state
         kill_marked(state.root)
-        remove_cgroups(state.cgroup)
-        self.switch.remove()
+        if state.nodes:
+            remove_cgroups(state.cgroup)
+            self.switch.remove()
         if keep_logs is not None:
             shutil.copytree(state.root / "logs", keep_logs, dirs_exist_ok=True)
         release(state)

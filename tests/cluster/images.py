@@ -175,17 +175,17 @@ def build(
     base = base_image(log)
     output = output or cache_dir() / "images" / (re.sub(r"\W+", "-", tag) + ".tar")
     output.parent.mkdir(parents=True, exist_ok=True)
-    pip_cache = cache_dir() / "pip"
-    pip_cache.mkdir(parents=True, exist_ok=True)
+    scratch = cache_dir() / "buildah"  # where buildah keeps what RUN --mount=type=cache asks for
+    scratch.mkdir(parents=True, exist_ok=True)
     mounts = [f"--volume={folder}:{place}:ro" for folder, place in (volumes or {}).items()]
-    mounts.append(f"--volume={pip_cache}:/root/.cache/pip")
     arguments = [f"--build-arg={key}={value}" for key, value in (build_args or {}).items()]
     with tempfile.TemporaryDirectory(dir=output.parent) as temporary:
         buildah = f"buildah --root {temporary}/storage --runroot {temporary}/run --storage-driver overlay"
         result = Path(temporary, "image.tar")
         # buildah keeps its storage mounted, so all of it runs in one mount namespace that ends with it.
         script = (
-            f'set -e; {buildah} pull --quiet docker-archive:"$1"; tag=$2; result=$3; shift 3; '
+            f'set -e; export TMPDIR={scratch}; {buildah} pull --quiet docker-archive:"$1"; '
+            f"tag=$2; result=$3; shift 3; "
             f'{buildah} bud --isolation chroot --network host --pull-never --tag "$tag" "$@"; '
             f'{buildah} push --quiet "$tag" "docker-archive:$result:$tag"'
         )

@@ -317,9 +317,9 @@ def release(state: State) -> None:
 def leftovers(state: State) -> list[str]:
     """Every trace of the cluster on this machine, in words; empty once it is really gone."""
     found = [f"process {pid}" for pid in marked_processes(state.root)]
-    if interface_exists(state.interface):
-        found.append(f"interface {state.interface}")
-    found += [f"cgroup {folder}" for folder in cgroup_folders(state.cgroup)]
+    if state.nodes:  # another user's cluster may have these names, without nodes they are not ours
+        found += [f"interface {state.interface}"] * interface_exists(state.interface)
+        found += [f"cgroup {folder}" for folder in cgroup_folders(state.cgroup)]
     mounts = Path("/proc/self/mounts").read_text().splitlines()
     found += [f"mount {line.split()[1]}" for line in mounts if line.split()[1].startswith(f"{state.root}/")]
     if state.root.exists():
