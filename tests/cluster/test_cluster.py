@@ -19,7 +19,6 @@ import pytest
 from cluster import images
 from cluster.cluster import GPU, Cluster
 from cluster.controlplane import wait_until
-from cluster.fixtures import running
 
 pytest_plugins = ["cluster.fixtures"]
 pytestmark = pytest.mark.cluster
@@ -297,6 +296,8 @@ def traces() -> dict[str, Any]:
 
 @pytest.mark.usefixtures("base")
 def test_a_second_cluster_lives_beside_and_goes_without_a_trace(cluster: Cluster) -> None:
+    from cluster.fixtures import running  # not at the top: pytest wants to import its plugins first
+
     before = traces()
     with running(nodes=1, name="second") as second:
         second.import_image(images.base_image())
