@@ -1,0 +1,1 @@
+"""Attention back ends and other kernels, each equal to a plain PyTorch reference."""

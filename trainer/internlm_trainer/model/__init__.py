@@ -1,0 +1,1 @@
+"""InternLM's architecture in plain modules."""

@@ -1,0 +1,136 @@
+"""The InternLM model: a pre-norm decoder with rotary embedding, SwiGLU and biased attention projections.
+
+Parameters carry the names of InternLM's checkpoint files (`blocks.0.mixer.Wqkv.weight`).  There is no
+parallelism here: `internlm_trainer.parallel` applies it from outside.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor, nn
+
+from internlm_trainer.config import ModelShape
+from internlm_trainer.kernels.attention import Attention, Documents, sdpa
+
+
+class RMSNorm(nn.Module):
+    """Zhang and Sennrich, arXiv:1910.07467: scale to unit root mean square, then by a learnt weight."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+
+
+def rotary_tables(positions: Tensor, head_dim: int, base: int) -> tuple[Tensor, Tensor]:
+    """Cosine and sine, fp32 `[tokens, 1, head_dim / 2]`, of every position's angles."""
+    exponents = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim
+    frequencies = 1.0 / base**exponents  # spelt as Hugging Face does, for the same rounding
+    angles = positions[:, None, None].float() * frequencies
+    return angles.cos(), angles.sin()
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Su et al., arXiv:2104.09864, in the rotate-half layout: number i turns with number i + head_dim / 2."""
+    first, second = x.float().chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
+
+
+class Mixer(nn.Module):
+    """Causal self-attention with grouped keys and values."""
+
+    def __init__(self, shape: ModelShape, attention: Attention) -> None:
+        super().__init__()
+        self.head_dim = shape.hidden_size // shape.heads
+        self.heads = (shape.heads, shape.kv_heads, shape.kv_heads)
+        width = self.head_dim * sum(self.heads)
+        self.Wqkv = nn.Linear(shape.hidden_size, width, bias=shape.attention_bias)
+        self.out_proj = nn.Linear(shape.hidden_size, shape.hidden_size, bias=shape.attention_bias)
+        self.attention = attention
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, documents: Documents) -> Tensor:
+        q, k, v = self.Wqkv(x).unflatten(-1, (-1, self.head_dim)).split(self.heads, dim=1)
+        out = self.attention(rotate(q, cos, sin), rotate(k, cos, sin), v, documents)
+        return self.out_proj(out.flatten(1))
+
+
+class SwiGLU(nn.Module):
+    """Shazeer, arXiv:2002.05202: `w3(silu(w1 x) * w2 x)`."""
+
+    def __init__(self, shape: ModelShape) -> None:
+        super().__init__()
+        self.w1 = nn.Linear(shape.hidden_size, shape.ffn_size, bias=False)
+        self.w2 = nn.Linear(shape.hidden_size, shape.ffn_size, bias=False)
+        self.w3 = nn.Linear(shape.ffn_size, shape.hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.w3(F.silu(self.w1(x)) * self.w2(x))
+
+
+class Block(nn.Module):
+    """Attention and feed-forward, each normalised before and added to the residual stream."""
+
+    def __init__(self, shape: ModelShape, attention: Attention) -> None:
+        super().__init__()
+        self.norm1 = RMSNorm(shape.hidden_size, shape.norm_eps)
+        self.mixer = Mixer(shape, attention)
+        self.norm2 = RMSNorm(shape.hidden_size, shape.norm_eps)
+        self.mlp = SwiGLU(shape)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, documents: Documents) -> Tensor:
+        x = x + self.mixer(self.norm1(x), cos, sin, documents)
+        return x + self.mlp(self.norm2(x))
+
+
+class InternLM(nn.Module):
+    """Maps a packed row of tokens to the logits of the next ones."""
+
+    def __init__(self, shape: ModelShape, attention: Attention = sdpa) -> None:
+        super().__init__()
+        self.shape = shape
+        self.embedding = nn.Embedding(shape.vocab_size, shape.hidden_size)
+        self.blocks = nn.ModuleList(Block(shape, attention) for _ in range(shape.layers))
+        self.norm = RMSNorm(shape.hidden_size, shape.norm_eps)
+        self.head = nn.Linear(shape.hidden_size, shape.vocab_size, bias=False)
+
+    def forward(self, tokens: Tensor, documents: Documents) -> Tensor:
+        """Logits `[tokens, vocab_size]` of an int64 row `[tokens]`."""
+        head_dim = self.shape.hidden_size // self.shape.heads
+        cos, sin = rotary_tables(documents.positions, head_dim, self.shape.rope_base)
+        x = self.embedding(tokens)
+        for block in self.blocks:
+            x = block(x, cos, sin, documents)
+        logits: Tensor = self.head(self.norm(x))
+        return logits
+
+
+def initialise(name: str, parameter: Tensor, layers: int, generator: torch.Generator) -> None:
+    """Fill one parameter in place: norms 1, biases 0, matrices normal with deviation 0.02.
+
+    The projections that write into the residual stream are scaled by 1/sqrt(2 layers), so that its variance
+    does not grow with depth (GPT-2).
+    """
+    if name.endswith("bias"):
+        parameter.zero_()
+    elif parameter.dim() == 1:
+        parameter.fill_(1.0)
+    else:
+        residual = name.endswith(("out_proj.weight", "w3.weight"))
+        parameter.normal_(0.0, 0.02 / math.sqrt(2 * layers) if residual else 0.02, generator=generator)
+
+
+def decays(name: str) -> bool:
+    """Whether weight decay applies: to matrices, not to norms and biases."""
+    return not name.endswith("bias") and "norm" not in name
+
+
+def parameter_count(shape: ModelShape) -> int:
+    """Parameters of the model; 7.32 billion for InternLM-7B."""
+    with torch.device("meta"):
+        return sum(p.numel() for p in InternLM(shape).parameters())

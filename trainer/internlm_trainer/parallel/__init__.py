@@ -1,0 +1,1 @@
+"""Hybrid ZeRO and the pure arithmetic of its layouts."""
