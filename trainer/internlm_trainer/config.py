@@ -318,7 +318,10 @@ def model_shape(spec: ModelSpec) -> ModelShape:
         layers, hidden, heads, ffn, vocab = PRESETS[spec.preset]
         kv_heads = heads
     else:
-        assert spec.layers and spec.hidden_size and spec.heads and spec.vocab_size
+        assert spec.layers
+        assert spec.hidden_size
+        assert spec.heads
+        assert spec.vocab_size
         layers, hidden, heads, vocab = spec.layers, spec.hidden_size, spec.heads, spec.vocab_size
         kv_heads = spec.kv_heads or heads
         ffn = spec.ffn_size or -(-hidden * 8 // (3 * 256)) * 256

@@ -70,7 +70,10 @@ def torch_varlen(q: Tensor, k: Tensor, v: Tensor, documents: Documents) -> Tenso
     """PyTorch's own flash kernel for documents of different lengths (CUDA, bf16 or fp16)."""
     from torch.nn.attention.varlen import varlen_attn
 
-    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) if x.shape[1] != q.shape[1] else x for x in (k, v))
+    k, v = (
+        x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) if x.shape[1] != q.shape[1] else x
+        for x in (k, v)
+    )
     longest = max(documents.lengths)
     out: Tensor = varlen_attn(
         q, k, v, documents.cu_seqlens, documents.cu_seqlens, longest, longest, **_causal_argument()
@@ -119,8 +122,12 @@ def choose(device: torch.device, dtype: torch.dtype) -> Choice:
     if torch.cuda.get_device_capability(device) < (8, 0):
         return Choice("sdpa", sdpa, "flash kernels need compute capability 8.0 or newer")
     if importlib.util.find_spec("flash_attn"):
-        return Choice("flash_attn", _equal_or(flash_attn), "flash-attn is installed; cuDNN where lengths are equal")
-    return Choice("torch_varlen", _equal_or(torch_varlen), "PyTorch's flash kernel; flash-attn is not installed")
+        return Choice(
+            "flash_attn", _equal_or(flash_attn), "flash-attn is installed; cuDNN where lengths are equal"
+        )
+    return Choice(
+        "torch_varlen", _equal_or(torch_varlen), "PyTorch's flash kernel; flash-attn is not installed"
+    )
 
 
 def _equal_or(varlen: Attention) -> Attention:

@@ -105,7 +105,9 @@ class Bucket:
 
     def __init__(self, layout: BucketLayout, mesh: Mesh, dtype: torch.dtype, device: torch.device) -> None:
         self.layout, self.mesh = layout, mesh
-        self.parameter_span, self.gradient_span, self.optimizer_span = mesh.layout.spans(mesh.rank, layout.padded)
+        self.parameter_span, self.gradient_span, self.optimizer_span = mesh.layout.spans(
+            mesh.rank, layout.padded
+        )
         self.sharded = mesh.layout.parameters > 1
         self.full = torch.zeros(layout.padded, dtype=dtype, device=device)
         self.shard = self.full.new_zeros(self.parameter_span.size) if self.sharded else self.full

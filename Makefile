@@ -1,0 +1,44 @@
+# `make run` and `make test` need only Python 3.11, make and git; everything else goes into .venv.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: help run test lint format crd install-manifest clean
+.DEFAULT_GOAL := help
+
+help: ## show this
+	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+# Kept apart from .venv itself: an installation that was cut off leaves no stamp and is completed next time.
+.venv/ready: pyproject.toml
+	@echo "setting up .venv (PyTorch is 3 GB: about two minutes)"
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, this is " + sys.version)'
+	@$(PYTHON) -m venv .venv
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[operator,trainer,dev]'
+	@touch $@
+
+run: .venv/ready ## train the quickstart job here: a small InternLM on the standard library's sources
+	@$(BIN)/internlm run manifests/examples/quickstart.yaml
+
+test: .venv/ready lint ## run all tests; those that this machine cannot run say why
+	@$(BIN)/pytest
+
+lint: .venv/ready ## check format, lint, types and layers
+	@$(BIN)/ruff format --check .
+	@$(BIN)/ruff check .
+	@$(BIN)/mypy
+	@$(BIN)/lint-imports
+
+format: .venv/ready ## format the code
+	@$(BIN)/ruff format .
+	@$(BIN)/ruff check --fix .
+
+crd: .venv/ready ## write the CRD from the models
+	@$(BIN)/python -m internlm_operator.crd
+
+install-manifest: .venv/ready ## write manifests/install.yaml from the chart
+	@$(BIN)/python manifests/install.py
+
+clean: ## remove the environment and what the quickstart wrote
+	rm -rf .venv runs
+
+include tests/cluster/cluster.mk

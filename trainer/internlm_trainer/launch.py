@@ -1,0 +1,102 @@
+"""Running a job on this machine: torchrun with the job's processes, stopped cleanly by Ctrl-C."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from internlm_trainer import machine
+from internlm_trainer.errors import UserError
+
+EXIT_INTERRUPTED = 130
+
+
+def scale_down(manifest: dict[str, Any], nodes: int | None, processes: int | None) -> dict[str, Any]:
+    """The manifest with other numbers of nodes and of processes a node; None leaves a number as it is."""
+    spec = dict(manifest.get("spec") or {})
+    if nodes is not None:
+        spec["nodes"] = nodes
+    if processes is not None:
+        spec["gpusPerNode" if spec.get("gpusPerNode") else "processesPerNode"] = processes
+    return manifest | {"spec": spec}
+
+
+def check_machine(nodes: int, gpus: int) -> None:
+    """Raises UserError where a job asks for more than this machine has, naming the switch that helps."""
+    if nodes > 1:
+        raise UserError(
+            f"spec.nodes: asks for {nodes} nodes, and this is one machine: run it with --nodes 1, or on a cluster "
+            "with kubectl apply"
+        )
+    if gpus > (found := machine.gpu_count()):
+        hint = (
+            f"run it with --processes {found}" if found else "set spec.gpusPerNode to 0 to train on the CPU"
+        )
+        raise UserError(f"spec.gpusPerNode: asks for {gpus} GPUs, and this machine has {found}: {hint}")
+
+
+def run(manifest: dict[str, Any], processes: int) -> int:
+    """Train with that many processes and return the exit code; Ctrl-C saves a checkpoint first.
+
+    A second Ctrl-C ends the processes at once.
+    """
+    with tempfile.TemporaryDirectory(prefix="internlm-") as folder:
+        job, message = Path(folder, "job.yaml"), Path(folder, "message")
+        job.write_text(yaml.safe_dump(manifest))
+        environment = os.environ | {"INTERNLM_JOB_FILE": str(job), "INTERNLM_TERMINATION_LOG": str(message)}
+        environment.setdefault("OMP_NUM_THREADS", str(max(1, machine.cores() // processes)))
+        # torchrun's own account of a failed process says less than the process did, in thirty lines.
+        environment.setdefault("TORCHELASTIC_ERROR_FILE", str(Path(folder, "error.json")))
+        command = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            f"--nproc-per-node={processes}",
+        ]
+        command += ["-m", "internlm_trainer.worker"]
+        # In a session of its own, so that Ctrl-C reaches it through us, and once.
+        agent = subprocess.Popen(
+            command, env=environment, start_new_session=True, stderr=subprocess.PIPE, text=True
+        )
+        asked: list[int] = []
+
+        def stop(number: int, _: object) -> None:
+            asked.append(number)
+            if len(asked) == 1:
+                print("\nstopping after this step, and saving; Ctrl-C again to stop at once", file=sys.stderr)
+                agent.terminate()
+            else:
+                os.killpg(agent.pid, signal.SIGKILL)
+
+        before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            errors = _relay(agent)
+            code = agent.wait()
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+        if asked:
+            return EXIT_INTERRUPTED
+        if code and not message.exists():
+            sys.stderr.write(errors)  # nobody left a sentence: show all there is
+        return code
+
+
+def _relay(agent: subprocess.Popen[str]) -> str:
+    """Pass on what processes write to standard error, but hold back torchrun's own lines; returns those."""
+    held = []
+    assert agent.stderr
+    for line in agent.stderr:
+        if "torch/distributed/" in line or (held and not line.startswith("[")):
+            held.append(line)
+        else:
+            sys.stderr.write(line)
+    return "".join(held)

@@ -1,0 +1,104 @@
+"""The processes of a job: who they are, what they agree on, and when they are told to stop.
+
+Decisions travel over a gloo group of their own, on the host, so that none of them waits for a GPU.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from internlm_trainer.checkpoint import StorageUnavailable
+from internlm_trainer.errors import UserError
+from internlm_trainer.storage import StorageUnreachableError
+
+T = TypeVar("T")
+
+# Rank 0 makes tokenizer and data from raw text while the others wait; nothing else takes this long.
+SETUP_TIMEOUT = timedelta(hours=24)
+
+
+class Stopped(Exception):  # noqa: N818
+    """The job was asked to stop (SIGTERM or Ctrl-C)."""
+
+
+class Processes:
+    """The ranks that torchrun started, seen from one of them."""
+
+    def __init__(self) -> None:
+        self.rank = int(os.environ.get("RANK", "0"))
+        self.size = int(os.environ.get("WORLD_SIZE", "1"))
+        self._stop_asked = False
+        self._training = False
+        local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+        if torch.cuda.is_available():
+            self.device = torch.device("cuda", local_rank)
+            torch.cuda.set_device(self.device)
+            dist.init_process_group("cpu:gloo,cuda:nccl", device_id=self.device)
+        else:
+            self.device = torch.device("cpu")
+            dist.init_process_group("gloo")
+        self._control = dist.new_group(backend="gloo", timeout=SETUP_TIMEOUT)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._on_signal)
+
+    def _on_signal(self, *_: Any) -> None:
+        if not self._training:
+            raise Stopped
+        self._stop_asked = True
+
+    def train(self) -> None:
+        """From here on a signal ends the step at hand instead of interrupting it."""
+        self._training = True
+
+    def close(self) -> None:
+        dist.destroy_process_group()
+
+    def agree(self, sentences: list[str]) -> list[str]:
+        """All ranks' sentences, in the order of the ranks."""
+        everyone: list[list[str]] = [[]] * self.size
+        dist.all_gather_object(everyone, sentences, group=self._control)
+        return [sentence for one in everyone for sentence in one]
+
+    def gather(self, mine: T) -> list[T]:
+        """Every rank's object, in the order of the ranks, on every rank."""
+        everyone: list[Any] = [None] * self.size
+        dist.all_gather_object(everyone, mine, group=self._control)
+        return everyone
+
+    def together(self, work: Callable[[], T]) -> T:
+        """Run `work` on every rank; a user's mistake that any of them finds is raised on all."""
+        result, failure = None, None
+        try:
+            result = work()
+        except (UserError, StorageUnavailable) as error:
+            # An unreachable store may be reachable in a minute: not the user's mistake, and worth a retry.
+            passing = isinstance(error, (StorageUnreachableError, StorageUnavailable))
+            failure = (StorageUnavailable if passing else UserError, str(error))
+        failures = [found for found in self.gather(failure) if found]
+        if failures:
+            kind, sentence = failures[0]
+            raise kind(sentence)
+        return result  # type: ignore[return-value]
+
+    def first(self, work: Callable[[], object]) -> None:
+        """Run `work` on rank 0 while the others wait; a user's mistake that it finds is raised on all."""
+        self.together(work if self.rank == 0 else lambda: None)
+
+    def count(self, tokens: int) -> tuple[int, bool]:
+        """(sum of `tokens` over the ranks, whether any of them was asked to stop)."""
+        numbers = torch.tensor([tokens, self._stop_asked], dtype=torch.int64)
+        dist.all_reduce(numbers, group=self._control)
+        total, stops = numbers.tolist()
+        return total, stops > 0
+
+    def largest(self, number: int) -> int:
+        numbers = torch.tensor(number)
+        dist.all_reduce(numbers, op=dist.ReduceOp.MAX, group=self._control)
+        return int(numbers)

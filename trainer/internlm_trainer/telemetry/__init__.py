@@ -1,0 +1,1 @@
+"""What a run tells: a live display, log lines, reports to the operator, a last message."""

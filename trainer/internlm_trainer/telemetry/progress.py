@@ -1,0 +1,187 @@
+"""How a run shows itself: a live line on a terminal, a JSON line an event in a pod, a plain line elsewhere."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import sys
+import time
+from datetime import UTC, datetime
+from typing import Any
+
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from internlm_trainer.checkpoint import CommittedCheckpoint
+from internlm_trainer.telemetry.report import Reporter
+
+log = logging.getLogger(__name__)
+
+
+class JsonFormatter(logging.Formatter):
+    """One JSON object a line, as log collectors want it."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        fields = {
+            "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
+            "level": record.levelname.lower(),
+            "rank": int(os.environ.get("RANK", "0")),
+            "message": record.getMessage(),
+            **getattr(record, "fields", {}),
+        }
+        if record.exc_info:
+            fields["traceback"] = self.formatException(record.exc_info)
+        return json.dumps(fields)
+
+
+def set_up_logging(rank: int) -> None:
+    """Rank 0 tells everything, the others only what is wrong."""
+    handler: logging.Handler
+    if "INTERNLM_REPORT_URL" in os.environ:
+        handler = logging.StreamHandler(sys.stdout)
+        handler.setFormatter(JsonFormatter())
+    elif sys.stdout.isatty():
+        handler = RichHandler(
+            console=CONSOLE, show_path=False, show_level=rank != 0, markup=False, highlighter=None
+        )
+    else:
+        handler = logging.StreamHandler(sys.stdout)
+        handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+    logging.basicConfig(handlers=[handler], level=logging.WARNING)
+    logging.getLogger("internlm_trainer").setLevel(logging.INFO if rank == 0 else logging.WARNING)
+
+
+CONSOLE = Console()
+
+
+class Telemetry:
+    """Rank 0's view of the run, told to people and to the operator."""
+
+    def __init__(self, total_steps: int, start_step: int, attempt: int, reporter: Reporter) -> None:
+        self._report: dict[str, Any] = {
+            "attempt": attempt,
+            "rank": 0,
+            "startStep": start_step,
+            "step": start_step,
+            "totalSteps": total_steps,
+        }
+        self._reporter = reporter
+        self._since: tuple[float, int] | None = None  # (time, tokens) of the last speed measurement
+        self._live: Progress | None = None
+        if sys.stdout.isatty() and "INTERNLM_REPORT_URL" not in os.environ:
+            self._live = Progress(
+                TextColumn("[bold]step"),
+                MofNCompleteColumn(),
+                BarColumn(bar_width=None),
+                TextColumn("{task.fields[state]}"),
+                TextColumn("ETA"),
+                TimeRemainingColumn(),
+                console=CONSOLE,
+            )
+            self._task = self._live.add_task("", total=total_steps, completed=start_step, state="")
+            self._live.start()
+
+    def begin(self, tokens: int) -> None:
+        """The first step starts now."""
+        self._since = (time.monotonic(), tokens)
+        self._send()
+
+    def step(self, step: int) -> None:
+        """A step is done."""
+        if self._live:
+            self._live.update(self._task, completed=step)
+
+    def measured(self, step: int, tokens: int, loss: float, grad_norm: float, lr: float) -> None:
+        """A step's values are known: show and report them."""
+        now = time.monotonic()
+        assert self._since
+        speed = (tokens - self._since[1]) / max(now - self._since[0], 1e-9)
+        self._since = (now, tokens)
+        total = self._report["totalSteps"]
+        eta = (total - step) * (tokens / step) / speed if speed else None
+        self._report |= {
+            "step": step,
+            "tokens": tokens,
+            "loss": loss if math.isfinite(loss) else None,
+            "tokensPerSecond": round(speed, 1),
+            "etaSeconds": round(eta) if eta is not None else None,
+        }
+        self._send()
+        fields = {
+            "step": step,
+            "loss": round(loss, 4),
+            "grad_norm": round(grad_norm, 4),
+            "lr": lr,
+            "num_consumed_tokens": tokens,
+            "tokens_per_second": round(speed, 1),
+        }
+        if self._live:
+            self._show()
+        else:
+            text = f"step {step}/{total}  loss {loss:.4f}  {_si(speed)} tokens/s  grad norm {grad_norm:.2f}"
+            eta_text = "" if eta is None else f"  ETA {_duration(eta)}"
+            log.info("%s  lr %.2e%s%s", text, lr, eta_text, self._saved(), extra={"fields": fields})
+
+    def validated(self, loss: float) -> None:
+        """An evaluation on held-out data is done."""
+        self._report["validationLoss"] = loss if math.isfinite(loss) else None
+        self._send()
+        log.info("validation loss %.4f", loss, extra={"fields": {"validation_loss": round(loss, 4)}})
+
+    def saved(self, committed: CommittedCheckpoint, seconds: float | None = None) -> None:
+        """A checkpoint is committed, or was resumed from."""
+        self._report["checkpoint"] = {
+            "step": committed.step,
+            "uri": committed.uri,
+            "time": committed.time,
+            "bytes": committed.bytes,
+            "digest": committed.digest,
+        }
+        self._report["step"] = max(self._report["step"], committed.step)
+        self._send()
+        if seconds is not None and not self._live:
+            size = _si(committed.bytes) + "B"
+            log.info(
+                "saved %s (%s in %.1f s)",
+                committed.uri,
+                size,
+                seconds,
+                extra={"fields": {"step": committed.step}},
+            )
+        if self._live:
+            self._show()
+
+    def close(self) -> None:
+        if self._live:
+            self._live.stop()
+        self._reporter.close()
+
+    def _send(self) -> None:
+        self._reporter.send(dict(self._report))
+
+    def _saved(self) -> str:
+        checkpoint = self._report.get("checkpoint")
+        return f"  checkpoint {checkpoint['step']}" if checkpoint else ""
+
+    def _show(self) -> None:
+        assert self._live
+        loss, speed = self._report.get("loss"), self._report.get("tokensPerSecond")
+        text = (f"loss {loss:.3f}" if loss is not None else "") + (f"  {_si(speed)} tok/s" if speed else "")
+        self._live.update(self._task, state=text + self._saved())
+
+
+def _si(number: float) -> str:
+    units = ["", "k", "M", "G", "T"]
+    while abs(number) >= 1000 and len(units) > 1:
+        number /= 1000
+        del units[0]
+    return f"{number:.3g}{units[0]}" if units[0] else f"{number:.0f}"
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}h{minutes:02}m" if hours else f"{minutes}m{rest:02}s"

@@ -1,0 +1,79 @@
+"""Reports to the operator's job channel, from a thread of their own: training never waits for them."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import ssl
+import threading
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+log = logging.getLogger(__name__)
+
+INTERVAL_SECONDS = 2.0
+TIMEOUT_SECONDS = 5.0
+
+
+class Reporter:
+    """Sends the newest report at most every two seconds; without a channel it does nothing."""
+
+    def __init__(self) -> None:
+        self._url = os.environ.get("INTERNLM_REPORT_URL", "")
+        self._newest: dict[str, Any] | None = None
+        self._changed = threading.Condition()
+        self._closing = False
+        self._silenced = False
+        self._thread = threading.Thread(target=self._run, name="reports", daemon=True)
+        if self._url:
+            self._thread.start()
+
+    def send(self, report: dict[str, Any]) -> None:
+        """Take over a report; one that is still waiting is replaced."""
+        with self._changed:
+            self._newest = report
+            self._changed.notify()
+
+    def close(self) -> None:
+        """Send what is waiting, within a few seconds."""
+        if not self._url:
+            return
+        with self._changed:
+            self._closing = True
+            self._changed.notify()
+        self._thread.join(TIMEOUT_SECONDS + 1)
+
+    def _run(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._newest or self._closing)
+                report, self._newest = self._newest, None
+            if report is None:
+                return
+            self._post(report)
+            with self._changed:
+                self._changed.wait_for(lambda: self._closing, timeout=INTERVAL_SECONDS)
+
+    def _post(self, report: dict[str, Any]) -> None:
+        try:
+            # Token and certificate are read anew each time: the kubelet renews the files.
+            token = Path(os.environ["INTERNLM_REPORT_TOKEN_FILE"]).read_text().strip()
+            context = ssl.create_default_context(cafile=os.environ["INTERNLM_REPORT_CA_FILE"])
+            request = urllib.request.Request(  # noqa: S310
+                self._url,
+                data=json.dumps(report).encode(),
+                headers={"Authorization": f"Bearer {token}", "Content-Type": "application/json"},
+            )
+            opener = urllib.request.build_opener(
+                urllib.request.ProxyHandler({}), urllib.request.HTTPSHandler(context=context)
+            )
+            with opener.open(request, timeout=TIMEOUT_SECONDS):
+                self._silenced = False
+        except (OSError, ValueError) as error:
+            if not self._silenced:  # once, not every two seconds of an outage
+                log.warning(
+                    "the operator does not take reports at %s: %s; training goes on", self._url, error
+                )
+            self._silenced = True

@@ -1,0 +1,74 @@
+"""One training process, as torchrun starts it: `python -m internlm_trainer.worker`.
+
+Environment: INTERNLM_JOB_FILE (the manifest), INTERNLM_ATTEMPT, INTERNLM_TERMINATION_LOG, and the job channel's
+INTERNLM_REPORT_URL, INTERNLM_REPORT_TOKEN_FILE and INTERNLM_REPORT_CA_FILE.
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+import os
+import sys
+from pathlib import Path
+
+from internlm_operator.api import JobError, load_manifests, parse_job, parse_spec
+from internlm_trainer.checkpoint import StorageUnavailable
+from internlm_trainer.errors import UserError
+from internlm_trainer.processes import Processes, Stopped
+from internlm_trainer.storage import StorageUnreachableError
+from internlm_trainer.telemetry.progress import set_up_logging
+from internlm_trainer.telemetry.termination import leave_message
+
+log = logging.getLogger("internlm_trainer.worker")
+
+# sysexits.h: the input is wrong; try again later
+EXIT_USER_ERROR, EXIT_STOPPED = 65, 75
+
+
+def main() -> int:
+    """Train, and leave the reason for the end where the operator finds it.  Returns the exit code."""
+    rank = int(os.environ.get("RANK", "0"))
+    set_up_logging(rank)
+    try:
+        from internlm_trainer.train import StepFailed, train
+
+        manifest = load_manifests(Path(os.environ["INTERNLM_JOB_FILE"]))[0]
+        job = parse_job(manifest)
+        world = Processes()
+        spec = parse_spec(manifest["spec"], world.size)
+        gc.freeze()
+        try:
+            step = train(job.name, spec, world, int(os.environ.get("INTERNLM_ATTEMPT", "1")))
+        except StepFailed as error:
+            return _end(rank, "Error", str(error), 1)
+        world.close()
+    except Stopped as stopped:
+        at = stopped.args[0] if stopped.args else None
+        told = "before the first step" if at is None else f"after step {at}, which is saved"
+        return _end(rank, "Stopped", f"stopped {told}", EXIT_STOPPED, at)
+    except (StorageUnreachableError, StorageUnavailable) as error:
+        return _end(rank, "Error", str(error), 1)
+    except (UserError, JobError) as error:
+        return _end(rank, "UserError", str(error), EXIT_USER_ERROR)
+    except Exception as error:
+        log.exception("rank %d failed", rank)
+        leave_message("Error", f"rank {rank}: {type(error).__name__}: {error}")
+        return 1
+    leave_message("Completed", f"all {step} steps are done", step)
+    return 0
+
+
+def _end(rank: int, reason: str, sentence: str, code: int, step: int | None = None) -> int:
+    if rank == 0:
+        (log.info if reason == "Stopped" else log.error)("%s", sentence)
+    leave_message(reason, sentence, step)
+    return code
+
+
+if __name__ == "__main__":
+    code = main()
+    logging.shutdown()
+    sys.stdout.flush()
+    # Not sys.exit: after a failure, destructors of process groups may wait for peers that are gone.
+    os._exit(code)
