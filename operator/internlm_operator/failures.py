@@ -100,8 +100,11 @@ def is_terminating(pod: Pod) -> bool:
 
 
 def is_over(pod: Pod) -> bool:
-    """No container of the pod runs any more."""
-    return (pod.get("status") or {}).get("phase") in ("Succeeded", "Failed")
+    """No container of the pod runs any more. The kubelet says so of each container before it does of the pod."""
+    status = pod.get("status") or {}
+    states = [container.get("state") or {} for container in status.get("containerStatuses") or []]
+    ended = bool(states) and all("terminated" in state for state in states)
+    return ended or status.get("phase") in ("Succeeded", "Failed")
 
 
 def is_running(pod: Pod) -> bool:

@@ -217,6 +217,28 @@ def test_finished_pods_stay_for_their_logs() -> None:
     assert plan.wake_after is None
 
 
+def test_a_pod_whose_containers_ended_stays_though_the_kubelet_is_not_done_with_it() -> None:
+    world = World()
+    world.start()
+    world.complete(0, 1)
+    for index in range(2):
+        world.pod(index)["status"]["phase"] = "Running"
+    world.settle()
+    assert world.phase == "Succeeded"
+    assert [pod["metadata"].get("deletionTimestamp") for pod in world.pods.values()] == [None, None]
+
+
+def test_a_pod_in_which_a_side_container_still_runs_is_removed_at_the_end() -> None:
+    world = World()
+    world.start()
+    world.complete(0, 1)
+    world.pod(1)["status"]["phase"] = "Running"
+    world.pod(1)["status"]["containerStatuses"].append({"name": "proxy", "state": {"running": {}}})
+    world.settle()
+    assert world.phase == "Succeeded"
+    assert "deletionTimestamp" in world.pod(1)["metadata"]
+
+
 def test_a_finished_job_is_never_started_again() -> None:
     world = World()
     world.start()
