@@ -28,6 +28,7 @@ Manifest = dict[str, Any]
 SECRET = "s3-credentials"
 # One restart costs the start of 4 processes and 2 agents on the machine's few cores.
 START_SECONDS = 120
+STEPS = 300
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ class Jobs:
                 "validation": [{"path": self.url("valid")}],
             },
             "training": {
-                "steps": 300,
+                "steps": STEPS,
                 "microBatchSize": 4,
                 "precision": "fp32",
                 "optimizer": {"lr": 1e-3},
@@ -152,20 +153,30 @@ class Jobs:
         return "\n".join(parts)
 
     @contextmanager
-    def watched(self, name: str, file: Path) -> Iterator[None]:
-        """Record what `kubectl get ilj NAME --watch` prints."""
+    def watched(self, file: Path) -> Iterator[None]:
+        """Record what `kubectl get ilj --watch` prints."""
         environment = {key: value for key, value in os.environ.items() if "proxy" not in key.lower()}
         environment["KUBECONFIG"] = str(self.cluster.kubeconfig)
-        kubectl = str(self.cluster.root / "bin" / "kubectl")
-        command = [kubectl, "get", "ilj", name, f"--namespace={self.namespace}", "--watch"]
+        command = [str(self.cluster.root / "bin" / "kubectl"), "get", "ilj", "--watch"]
+        # A job that waits for nothing is printed at once: from then on, nothing is missed.
+        self.apply(self.manifest("bystander", suspend=True))
         with file.open("w") as output:
-            watch = subprocess.Popen(command, stdout=output, env=environment)
+            watch = subprocess.Popen(
+                [*command, f"--namespace={self.namespace}"], stdout=output, env=environment
+            )
             try:
+                wait_until(lambda: "bystander" in file.read_text(), "the watch to begin", 30)
                 yield
+                wait_until(lambda: self._prints_no_more(file), "the watch to end", 30)
             finally:
-                time.sleep(1)  # for the last event to be printed
                 watch.terminate()
                 watch.wait()
+                self.kubectl("delete", "ilj", "bystander")
+
+    def _prints_no_more(self, file: Path) -> bool:
+        size = file.stat().st_size
+        time.sleep(1)
+        return file.stat().st_size == size
 
     # Misfortune
 
@@ -207,16 +218,17 @@ class Row:
     loss: float | None
 
 
-def rows(printed: str) -> list[Row]:
-    """What `kubectl get ilj --watch` printed, line by line.
+def rows(printed: str, name: str) -> list[Row]:
+    """What `kubectl get ilj --watch` printed about one job, line by line.
 
     Each line has column widths of its own, and what is not known yet is left empty, so the values are found
     by their shape.
     """
     found = []
-    for line in printed.splitlines()[1:]:
-        phase = re.search(f" ({'|'.join(get_args(api.Phase))}) ", line)
-        step = re.search(r" (\d+)/\d+ +([\d.]+)?", line)
-        loss = float(step[2]) if step and step[2] else None
-        found.append(Row(phase[1] if phase else "", int(step[1]) if step else 0, loss))
+    for line in printed.splitlines():
+        if line.split()[0] == name:
+            phase = re.search(f" ({'|'.join(get_args(api.Phase))}) ", line)
+            step = re.search(r" (\d+)/\d+ +(\d+\.\d+)?", line)
+            loss = float(step[2]) if step and step[2] else None
+            found.append(Row(phase[1] if phase else "", int(step[1]) if step else 0, loss))
     return found

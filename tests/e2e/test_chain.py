@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import json
 import tarfile
+from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 
 import pytest
 
 from cluster.controlplane import wait_until
-from e2e.chain import START_SECONDS, Jobs, rows
+from e2e.chain import START_SECONDS, STEPS, Jobs, Manifest, Row, rows
 
 pytest_plugins = ["cluster.fixtures"]
 # The first test also waits for the images to be built.
@@ -52,47 +54,59 @@ def test_the_images_hold_what_each_needs_and_not_torch(built: dict[str, Path], t
         assert waste == []
 
 
-def test_a_job_trains_on_two_nodes_and_leaves_nothing_when_deleted(jobs: Jobs, tmp_path: Path) -> None:
-    """Also the uninterrupted run to which the hurt one is compared, so its checkpoints stay."""
-    jobs.apply(jobs.manifest("whole"))
-    with jobs.watched("whole", tmp_path / "watch"):
-        jobs.wait(
-            "whole", lambda status: status.get("workers", {}).get("ready") == 2, "both workers", START_SECONDS
-        )
+@dataclass(frozen=True)
+class Run:
+    """What was seen of a job that nothing happened to."""
+
+    status: Manifest
+    pods: list[Manifest]
+    events: list[tuple[str, str]]
+    printed: list[Row]
+
+
+@pytest.fixture(scope="module")
+def whole(jobs: Jobs, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """An uninterrupted run. Its data and checkpoints stay: the hurt run is compared to it."""
+    file = tmp_path_factory.mktemp("whole") / "watch"
+    with jobs.watched(file):
+        jobs.apply(jobs.manifest("whole"))
+        jobs.wait("whole", lambda status: status.get("workers", {}).get("ready") == 2, "both workers")
         pods = jobs.objects("pods", "whole")
         status = jobs.wait_phase("whole", "Succeeded", timeout=300)
+    return Run(status, pods, jobs.events("whole"), rows(file.read_text(), "whole"))
 
-    assert {pod["spec"]["nodeName"] for pod in pods} == set(jobs.cluster.nodes)
-    for pod in pods:
+
+def test_a_job_trains_on_two_nodes_until_it_has_succeeded(whole: Run, jobs: Jobs) -> None:
+    assert {pod["spec"]["nodeName"] for pod in whole.pods} == set(jobs.cluster.nodes)
+    for pod in whole.pods:
         assert pod["spec"]["automountServiceAccountToken"] is False
-        assert status["progress"]["step"] == status["progress"]["totalSteps"] == 300
-    assert status["checkpoint"]["step"] == 300
-    assert status["checkpoint"]["uri"].startswith(jobs.url("checkpoints/whole"))
-    assert status["restarts"] == 0
-    assert jobs.condition("whole", "Succeeded")["status"] == "True"
-    assert {"AttemptStarted", "Running", "Succeeded"} <= {reason for reason, _ in jobs.events("whole")}
+    progress, checkpoint = whole.status["progress"], whole.status["checkpoint"]
+    assert progress["step"] == progress["totalSteps"] == checkpoint["step"] == STEPS
+    assert checkpoint["uri"].startswith(jobs.url("checkpoints/whole"))
+    assert checkpoint["bytes"] > 0
+    assert whole.status["restarts"] == 0
+    conditions = {condition["type"]: condition["status"] for condition in whole.status["conditions"]}
+    assert (conditions["Succeeded"], conditions["Failed"], conditions["Running"]) == (
+        "True",
+        "False",
+        "False",
+    )
+    reasons = [reason for reason, _ in whole.events]
+    assert {"AttemptStarted", "Running", "Succeeded"} <= set(reasons)
 
-    printed = rows((tmp_path / "watch").read_text())
-    phases = [row.phase for row in printed]
-    order = [phase for phase in ("Pending", "Starting", "Running", "Succeeded") if phase in phases]
-    assert order == ["Pending", "Starting", "Running", "Succeeded"], phases
-    assert [phases.index(phase) for phase in order] == sorted(phases.index(phase) for phase in order)
-    steps = [row.step for row in printed]
+
+def test_kubectl_get_walks_through_the_phases_with_step_and_loss_moving(whole: Run) -> None:
+    phases = [phase for phase, _ in groupby(row.phase for row in whole.printed if row.phase)]
+    assert phases == ["Pending", "Starting", "Running", "Succeeded"]
+    steps = [row.step for row in whole.printed]
     assert steps == sorted(steps)
-    assert len(set(steps)) >= 4
-    losses = [row.loss for row in printed if row.loss is not None]
+    assert steps[-1] == STEPS
+    assert len(set(steps)) >= 5
+    losses = [row.loss for row in whole.printed if row.loss is not None]
     assert losses[-1] < losses[0] - 1
 
-    jobs.kubectl("delete", "ilj", "whole", "--timeout=60s")
-    kinds = "pods,services,configmaps,secrets,events.events.k8s.io,endpointslices"
-    wait_until(
-        lambda: not jobs.objects("pods,services,configmaps,secrets,endpointslices", "whole"),
-        f"all {kinds} of the job to be gone",
-        60,
-    )
-    assert jobs.weights("whole", 300)
 
-
+@pytest.mark.usefixtures("whole")
 def test_a_hurt_job_ends_with_the_same_weights_to_the_bit(jobs: Jobs, operator: str) -> None:
     """A training process killed, the operator killed, the job suspended and resumed, all in mid-run."""
     cluster, name = jobs.cluster, "hurt"
@@ -134,8 +148,17 @@ def test_a_hurt_job_ends_with_the_same_weights_to_the_bit(jobs: Jobs, operator: 
     assert status["attempts"][-1]["startStep"] == saved
     assert status["restarts"] == 1
 
-    assert jobs.weights(name, 300) == jobs.weights("whole", 300)
-    jobs.kubectl("delete", "ilj", name)
+    assert jobs.weights(name, STEPS) == jobs.weights("whole", STEPS)
+
+
+@pytest.mark.usefixtures("whole")
+def test_deleting_a_job_leaves_nothing_of_it_in_the_cluster(jobs: Jobs) -> None:
+    kinds = "pods,services,endpointslices,configmaps,secrets"
+    assert {item["kind"] for item in jobs.objects(kinds, "whole")} >= {"Pod", "Service", "ConfigMap"}
+    jobs.kubectl("delete", "ilj", "--all", "--timeout=60s")
+    for name in ("whole", "hurt"):
+        wait_until(lambda: not jobs.objects(kinds, name), f"all objects of {name} to be gone", 60)  # noqa: B023
+    assert jobs.weights("whole", STEPS)  # but its checkpoints are the user's
 
 
 def test_a_mistake_in_the_manifest_is_refused_with_a_sentence_that_teaches(jobs: Jobs) -> None:
@@ -148,10 +171,10 @@ def test_a_mistake_in_the_manifest_is_refused_with_a_sentence_that_teaches(jobs:
         jobs.apply(jobs.manifest("mistake", training__stepz=7))
 
 
+@pytest.mark.usefixtures("whole")
 def test_bad_input_fails_the_job_at_once_with_the_trainers_sentence(jobs: Jobs) -> None:
     """On data and checkpoints that the first job made, each time with one thing wrong."""
     alone: dict[str, object] = {"nodes": 1, "processesPerNode": 1, "parallel": {}, "data__prepare": None}
-    taken = jobs.url("checkpoints/whole")
     cases: dict[str, tuple[dict[str, object], str]] = {
         "no-bucket": ({"checkpoint__path": "s3://no-such-bucket/x"}, "the bucket of s3://no-such-bucket"),
         "no-access": (
@@ -160,8 +183,10 @@ def test_bad_input_fails_the_job_at_once_with_the_trainers_sentence(jobs: Jobs) 
         ),
         "no-data": ({"data__train": [{"path": jobs.url("nothing")}]}, "nothing does not exist"),
         "other-tokenizer": ({"model__vocabSize": 1024}, "spec.model.vocabSize"),
-        "other-model": ({"model__layers": 3, "checkpoint__path": taken}, "layers"),
+        "other-job": ({"checkpoint__path": jobs.url("checkpoints/whole")}, "holds checkpoints of the job"),
+        "whole": ({"model__layers": 3}, "layers is 2 there and 3 here"),
     }
+    jobs.kubectl("delete", "ilj", "--all", "--timeout=60s")
     for name, (changes, _) in cases.items():
         jobs.apply(jobs.manifest(name, **alone, **changes))
     for name, (_, sentence) in cases.items():
