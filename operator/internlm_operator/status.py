@@ -95,9 +95,9 @@ def take_report(status: JobStatus, report: Report, time: datetime) -> None:
         step=report.step,
         total_steps=report.total_steps,
         tokens=report.tokens,
-        loss=report.loss,
-        validation_loss=report.validation_loss,
-        tokens_per_second=report.tokens_per_second,
+        loss=_rounded(report.loss),
+        validation_loss=_rounded(report.validation_loss),
+        tokens_per_second=_rounded(report.tokens_per_second),
         eta_seconds=report.eta_seconds,
         last_report_time=stamp(time),
     )
@@ -105,6 +105,11 @@ def take_report(status: JobStatus, report: Report, time: datetime) -> None:
     found = report.checkpoint
     if found is not None and (status.checkpoint is None or found.step >= status.checkpoint.step):
         status.checkpoint = Checkpoint.model_validate(found.model_dump(by_alias=True))
+
+
+def _rounded(value: float | None) -> float | None:
+    """As many digits as a person reads; kubectl prints all that there are."""
+    return None if value is None else round(value, 4)
 
 
 def take_last_step(status: JobStatus, step: int) -> None:

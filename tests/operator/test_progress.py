@@ -35,6 +35,15 @@ def test_a_report_becomes_progress_and_checkpoint() -> None:
     assert world.status["attempts"][-1]["endStep"] == 120
 
 
+def test_the_status_holds_no_more_digits_than_a_person_reads() -> None:
+    world = World()
+    world.start()
+    world.tell(make_report(loss=3.3465030193328857, tokensPerSecond=8123.456789))
+    world.settle()
+    assert world.status["progress"]["loss"] == 3.3465
+    assert world.status["progress"]["tokensPerSecond"] == 8123.4568
+
+
 def test_a_report_of_another_attempt_is_ignored() -> None:
     world = World()
     world.start()
