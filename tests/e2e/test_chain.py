@@ -16,7 +16,6 @@ import pytest
 from cluster.controlplane import wait_until
 from e2e.chain import START_SECONDS, STEPS, Jobs, Manifest, Row, rows
 
-pytest_plugins = ["cluster.fixtures"]
 # The first test also waits for the images to be built.
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(900)]
 
