@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -15,7 +16,8 @@ import yaml
 from internlm_trainer import machine
 from internlm_trainer.errors import UserError
 
-EXIT_INTERRUPTED = 130
+# sysexits.h: the input is wrong; and what a shell says of Ctrl-C
+EXIT_USER_ERROR, EXIT_INTERRUPTED = 65, 130
 
 
 def scale_down(manifest: dict[str, Any], nodes: int | None, processes: int | None) -> dict[str, Any]:
@@ -54,6 +56,8 @@ def run(manifest: dict[str, Any], processes: int) -> int:
         environment.setdefault("OMP_NUM_THREADS", str(max(1, machine.cores() // processes)))
         # torchrun's own account of a failed process says less than the process did, in thirty lines.
         environment.setdefault("TORCHELASTIC_ERROR_FILE", str(Path(folder, "error.json")))
+        # torchrun kills what has not ended 30 s after Ctrl-C; a large checkpoint takes longer to save.
+        environment.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(24 * 3600))
         command = [
             sys.executable,
             "-m",
@@ -83,16 +87,35 @@ def run(manifest: dict[str, Any], processes: int) -> int:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
-        if asked:
-            return EXIT_INTERRUPTED
-        if code and not message.exists():
+        if code and not message.exists() and not asked:
             sys.stderr.write(errors)  # nobody left a sentence: show all there is
-        return code
+        return exit_code(code, _reason(message), asked=bool(asked))
+
+
+def exit_code(code: int, reason: str | None, *, asked: bool) -> int:
+    """What `internlm run` ends with: torchrun says 1 for every failure, `reason` is what a process said of it.
+
+    `asked`: whether Ctrl-C was pressed, which the processes may have been too far, or broken, to answer.
+    """
+    if asked and reason == "Completed":
+        return 0
+    if reason == "UserError":
+        return EXIT_USER_ERROR
+    if asked and reason != "Error":
+        return EXIT_INTERRUPTED
+    return code
+
+
+def _reason(message: Path) -> str | None:
+    try:
+        return str(json.loads(message.read_bytes())["reason"])
+    except (OSError, ValueError, KeyError):
+        return None  # killed before, or while, it wrote
 
 
 def _relay(agent: subprocess.Popen[str]) -> str:
     """Pass on what processes write to standard error, but hold back torchrun's own lines; returns those."""
-    held = []
+    held: list[str] = []
     assert agent.stderr
     for line in agent.stderr:
         if "torch/distributed/" in line or (held and not line.startswith("[")):

@@ -24,8 +24,12 @@ T = TypeVar("T")
 SETUP_TIMEOUT = timedelta(hours=24)
 
 
-class Stopped(Exception):  # noqa: N818
-    """The job was asked to stop (SIGTERM or Ctrl-C)."""
+class Stopped(BaseException):
+    """The job was asked to stop (SIGTERM or Ctrl-C).
+
+    No Exception: it is raised wherever the signal finds the process, and what tries a store's requests again
+    after any error must not take it for one.
+    """
 
 
 class Processes:
@@ -44,7 +48,9 @@ class Processes:
         else:
             self.device = torch.device("cpu")
             dist.init_process_group("gloo")
-        self._control = dist.new_group(backend="gloo", timeout=SETUP_TIMEOUT)
+        control = dist.new_group(backend="gloo", timeout=SETUP_TIMEOUT)
+        assert isinstance(control, dist.ProcessGroup)
+        self._control = control
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._on_signal)
 

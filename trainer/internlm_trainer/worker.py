@@ -31,6 +31,16 @@ def main() -> int:
     rank = int(os.environ.get("RANK", "0"))
     set_up_logging(rank)
     try:
+        return _train(rank)
+    except Stopped as stopped:
+        at = stopped.args[0] if stopped.args else None
+        told = "before the first step" if at is None else f"after step {at}, which is saved"
+        return _end("Stopped", f"stopped {told}", EXIT_STOPPED, at)
+
+
+def _train(rank: int) -> int:
+    """All of `main` but for being stopped, which may happen in any line of this, its handlers included."""
+    try:
         from internlm_trainer.train import StepFailed, train
 
         manifest = load_manifests(Path(os.environ["INTERNLM_JOB_FILE"]))[0]
@@ -41,28 +51,25 @@ def main() -> int:
         try:
             step = train(job.name, spec, world, int(os.environ.get("INTERNLM_ATTEMPT", "1")))
         except StepFailed as error:
-            return _end(rank, "Error", str(error), 1)
+            return _end("Error", str(error), 1)
         world.close()
-    except Stopped as stopped:
-        at = stopped.args[0] if stopped.args else None
-        told = "before the first step" if at is None else f"after step {at}, which is saved"
-        return _end(rank, "Stopped", f"stopped {told}", EXIT_STOPPED, at)
     except (StorageUnreachableError, StorageUnavailable) as error:
-        return _end(rank, "Error", str(error), 1)
+        return _end("Error", str(error), 1)
     except (UserError, JobError) as error:
-        return _end(rank, "UserError", str(error), EXIT_USER_ERROR)
+        return _end("UserError", str(error), EXIT_USER_ERROR)
     except Exception as error:
-        log.exception("rank %d failed", rank)
-        leave_message("Error", f"rank {rank}: {type(error).__name__}: {error}")
+        first = leave_message("Error", f"rank {rank}: {type(error).__name__}: {error}")
+        # Where another process of this machine failed before, this is what its peers saw of that.
+        log.error("rank %d failed: %s: %s", rank, type(error).__name__, error, exc_info=first)
         return 1
     leave_message("Completed", f"all {step} steps are done", step)
     return 0
 
 
-def _end(rank: int, reason: str, sentence: str, code: int, step: int | None = None) -> int:
-    if rank == 0:
-        (log.info if reason == "Stopped" else log.error)("%s", sentence)
-    leave_message(reason, sentence, step)
+def _end(reason: str, sentence: str, code: int, step: int | None = None) -> int:
+    # Most ends are the same on all ranks; what only one has found, it must tell itself.
+    if leave_message(reason, sentence, step):
+        log.log(logging.WARNING if reason == "Stopped" else logging.ERROR, "%s", sentence)
     return code
 
 

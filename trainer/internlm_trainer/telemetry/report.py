@@ -8,6 +8,7 @@ import os
 import ssl
 import threading
 import urllib.request
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +72,7 @@ class Reporter:
             )
             with opener.open(request, timeout=TIMEOUT_SECONDS):
                 self._silenced = False
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, HTTPException) as error:
             if not self._silenced:  # once, not every two seconds of an outage
                 log.warning(
                     "the operator does not take reports at %s: %s; training goes on", self._url, error
