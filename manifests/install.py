@@ -36,8 +36,6 @@ def install_manifest(helm: str) -> str:
 if __name__ == "__main__":
     helm = sys.argv[1] if len(sys.argv) > 1 else shutil.which("helm")
     if helm is None:
-        sys.exit(
-            "manifests/install.py: helm is not on the PATH; give it: python manifests/install.py HELM"
-        )
+        sys.exit("manifests/install.py: helm is not on the PATH; give it: python manifests/install.py HELM")
     (MANIFESTS / "install.yaml").write_text(install_manifest(helm))
     print(MANIFESTS / "install.yaml")

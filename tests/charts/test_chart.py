@@ -19,8 +19,6 @@ from cluster.cluster import Cluster
 from cluster.controlplane import wait_until
 from internlm_operator import cli
 
-pytest_plugins = ["cluster.fixtures"]
-
 ROOT = Path(__file__).resolve().parents[2]
 CHART = ROOT / "charts" / "internlm-operator"
 NAMESPACE = "chart-test"

@@ -20,7 +20,6 @@ from cluster import images
 from cluster.cluster import GPU, Cluster
 from cluster.controlplane import wait_until
 
-pytest_plugins = ["cluster.fixtures"]
 pytestmark = pytest.mark.cluster
 
 SLEEP = "import signal; signal.sigwait([signal.SIGTERM])"

@@ -20,7 +20,6 @@ from cluster.cluster import Cluster
 from cluster.controlplane import wait_until
 from internlm_operator import api, crd
 
-pytest_plugins = ["cluster.fixtures"]
 pytestmark = pytest.mark.cluster
 
 Manifest = dict[str, Any]

@@ -22,7 +22,6 @@ from cluster.controlplane import wait_until
 from internlm_operator import crd, kube, objects
 from internlm_operator.report import MAX_REPORT_BYTES
 
-pytest_plugins = ["cluster.fixtures"]
 pytestmark = pytest.mark.cluster
 
 

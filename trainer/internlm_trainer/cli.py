@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import sys
 from collections.abc import Callable
 from enum import StrEnum
 from functools import wraps
@@ -132,12 +131,13 @@ def tokenize(
     from internlm_trainer import machine
     from internlm_trainer.data.progress import shown_progress
     from internlm_trainer.data.tokenize import tokenize_files
+    from internlm_trainer.data.tokenizer import load_tokenizer
 
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     with shown_progress() as progress:
         made = tokenize_files(
             inputs,
-            tokenizer,
+            load_tokenizer(tokenizer, "--tokenizer"),
             output,
             text_field=text_field,
             sample=sample.value,
@@ -171,4 +171,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

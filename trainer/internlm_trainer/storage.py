@@ -56,7 +56,7 @@ def open_fs(url: str) -> tuple[Any, str]:
     as if it were an object store.  Raises UserError for an unknown protocol or one whose driver is not
     installed.
     """
-    from fsspec.core import url_to_fs  # type: ignore[import-untyped]
+    from fsspec.core import url_to_fs
 
     protocol = _protocol(url)
     options: dict[str, Any] = {}
@@ -96,7 +96,7 @@ def join(url: str, *parts: str) -> str:
 
 def glob_regex(url: str) -> re.Pattern[str]:
     """What the paths match that a URL with `*`, `?`, `[...]` and `**` stands for, as `fs.glob` reads it."""
-    from fsspec.utils import glob_translate  # type: ignore[import-untyped]
+    from fsspec.utils import glob_translate
 
     return re.compile(glob_translate(open_fs(url)[1]))
 

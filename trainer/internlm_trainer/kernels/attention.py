@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable
 from functools import cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -54,9 +54,9 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, documents: Documents) -> Tensor:
     On Hopper cuDNN serves equal lengths, faster than flash-attn 2.
     """
     if len(documents.lengths) > 1 and len(set(documents.lengths)) > 1:
-        parts = zip(*(x.split(documents.lengths) for x in (q, k, v)), strict=True)
-        return torch.cat([_sdpa_equal(*part, count=1) for part in parts])
-    return _sdpa_equal(q, k, v, count=len(documents.lengths))
+        parts = [x.split(list(documents.lengths)) for x in (q, k, v)]
+        return torch.cat([_sdpa_equal(*one, 1) for one in zip(parts[0], parts[1], parts[2], strict=True)])
+    return _sdpa_equal(q, k, v, len(documents.lengths))
 
 
 def _sdpa_equal(q: Tensor, k: Tensor, v: Tensor, count: int) -> Tensor:
@@ -75,14 +75,14 @@ def torch_varlen(q: Tensor, k: Tensor, v: Tensor, documents: Documents) -> Tenso
         for x in (k, v)
     )
     longest = max(documents.lengths)
-    out: Tensor = varlen_attn(
-        q, k, v, documents.cu_seqlens, documents.cu_seqlens, longest, longest, **_causal_argument()
-    )
+    ends = documents.cu_seqlens
+    out = varlen_attn(q, k, v, ends, ends, longest, longest, **_causal_argument())
+    assert isinstance(out, Tensor)
     return out
 
 
 @cache
-def _causal_argument() -> dict[str, object]:
+def _causal_argument() -> dict[str, Any]:
     """`varlen_attn` said `is_causal` up to PyTorch 2.10 and says `window_size` since."""
     import inspect
 

@@ -57,7 +57,8 @@ class Mixer(nn.Module):
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, documents: Documents) -> Tensor:
         q, k, v = self.Wqkv(x).unflatten(-1, (-1, self.head_dim)).split(self.heads, dim=1)
         out = self.attention(rotate(q, cos, sin), rotate(k, cos, sin), v, documents)
-        return self.out_proj(out.flatten(1))
+        projected: Tensor = self.out_proj(out.flatten(1))
+        return projected
 
 
 class SwiGLU(nn.Module):
@@ -70,7 +71,8 @@ class SwiGLU(nn.Module):
         self.w3 = nn.Linear(shape.ffn_size, shape.hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.w3(F.silu(self.w1(x)) * self.w2(x))
+        out: Tensor = self.w3(F.silu(self.w1(x)) * self.w2(x))
+        return out
 
 
 class Block(nn.Module):
@@ -85,7 +87,8 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, documents: Documents) -> Tensor:
         x = x + self.mixer(self.norm1(x), cos, sin, documents)
-        return x + self.mlp(self.norm2(x))
+        out: Tensor = x + self.mlp(self.norm2(x))
+        return out
 
 
 class InternLM(nn.Module):

@@ -47,6 +47,7 @@ class Mesh:
         for ranks in groups:
             group = dist.new_group(ranks)
             if self.rank in ranks:
+                assert isinstance(group, dist.ProcessGroup)
                 mine = group
         return mine
 
@@ -315,7 +316,8 @@ class HybridZero:
     def master_groups(self) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
         """(decayed, not decayed) fp32 master weights for a torch optimizer; `.grad` is bound to the reduced
         gradients."""
-        decayed, other = [], []
+        decayed: list[nn.Parameter] = []
+        other: list[nn.Parameter] = []
         for bucket in self.buckets:
             own = bucket.optimizer_span
             end = bucket.layout.decayed.stop
