@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -22,6 +23,8 @@ T = TypeVar("T")
 
 # Rank 0 makes tokenizer and data from raw text while the others wait; nothing else takes this long.
 SETUP_TIMEOUT = timedelta(hours=24)
+# How long a process that failed waits for torchrun's word that another one of its machine had died before.
+SIBLING_SECONDS = 2.0
 
 
 class Stopped(BaseException):
@@ -62,6 +65,17 @@ class Processes:
     def train(self) -> None:
         """From here on a signal ends the step at hand instead of interrupting it."""
         self._training = True
+
+    def another_died(self) -> bool:
+        """Whether torchrun ends this process because another one of this machine died; waits a moment for it.
+
+        Who has lost its peer fails at once, torchrun sees the peer's end a tenth of a second later.
+        """
+        self._training = True
+        deadline = time.monotonic() + SIBLING_SECONDS
+        while not self._stop_asked and time.monotonic() < deadline:
+            time.sleep(0.05)
+        return self._stop_asked
 
     def close(self) -> None:
         dist.destroy_process_group()

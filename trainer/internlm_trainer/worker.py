@@ -6,9 +6,11 @@ INTERNLM_REPORT_URL, INTERNLM_REPORT_TOKEN_FILE and INTERNLM_REPORT_CA_FILE.
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import logging
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -30,6 +32,7 @@ def main() -> int:
     """Train, and leave the reason for the end where the operator finds it.  Returns the exit code."""
     rank = int(os.environ.get("RANK", "0"))
     set_up_logging(rank)
+    _end_with_torchrun()
     try:
         return _train(rank)
     except Stopped as stopped:
@@ -38,8 +41,16 @@ def main() -> int:
         return _end("Stopped", f"stopped {told}", EXIT_STOPPED, at)
 
 
+def _end_with_torchrun() -> None:
+    """torchrun gives each process a session of its own: killed, it would leave them behind."""
+    if sys.platform == "linux":
+        pr_set_pdeathsig = 1  # linux/prctl.h
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
+
+
 def _train(rank: int) -> int:
     """All of `main` but for being stopped, which may happen in any line of this, its handlers included."""
+    world: Processes | None = None
     try:
         from internlm_trainer.train import StepFailed, train
 
@@ -58,7 +69,10 @@ def _train(rank: int) -> int:
     except (UserError, JobError) as error:
         return _end("UserError", str(error), EXIT_USER_ERROR)
     except Exception as error:
-        first = leave_message("Error", f"rank {rank}: {type(error).__name__}: {error}")
+        # A process that was killed leaves no message. What its peers saw of that must not stand for it: without
+        # one, the log's end does, where torchrun names who died first and how.
+        killed = world is not None and world.another_died()
+        first = not killed and leave_message("Error", f"rank {rank}: {type(error).__name__}: {error}")
         # Where another process of this machine failed before, this is what its peers saw of that.
         log.error("rank %d failed: %s: %s", rank, type(error).__name__, error, exc_info=first)
         return 1
