@@ -116,9 +116,11 @@ def _reason(message: Path) -> str | None:
 def _relay(agent: subprocess.Popen[str]) -> str:
     """Pass on what processes write to standard error, but hold back torchrun's own lines; returns those."""
     held: list[str] = []
+    ending = False  # torchrun's account of a failure is the last thing that it writes
     assert agent.stderr
     for line in agent.stderr:
-        if "torch/distributed/" in line or (held and not line.startswith("[")):
+        ending = ending or "elastic/multiprocessing" in line
+        if ending or "torch/distributed/" in line:
             held.append(line)
         else:
             sys.stderr.write(line)

@@ -130,11 +130,15 @@ def choose(device: torch.device, dtype: torch.dtype) -> Choice:
     )
 
 
+# Sizes that every build of flash-attn has kernels for; a build without the others reads out of bounds there.
+FLASH_HEAD_DIMS = (32, 64, 96, 128, 160, 192, 224, 256)
+
+
 def _equal_or(varlen: Attention) -> Attention:
-    """cuDNN for equal lengths, `varlen` for others."""
+    """cuDNN for equal lengths, `varlen` for others where its kernels fit."""
 
     def attention(q: Tensor, k: Tensor, v: Tensor, documents: Documents) -> Tensor:
-        equal = len(set(documents.lengths)) == 1
-        return (sdpa if equal else varlen)(q, k, v, documents)
+        fits = q.shape[-1] in FLASH_HEAD_DIMS and len(set(documents.lengths)) > 1
+        return (varlen if fits else sdpa)(q, k, v, documents)
 
     return attention

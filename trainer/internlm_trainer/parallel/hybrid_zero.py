@@ -260,10 +260,12 @@ class HybridZero:
             if ahead:
                 ahead.gather(self.stream)
 
-        def after_forward(*_: Any) -> None:
+        def after_forward(_module: nn.Module, _inputs: object, output: Tensor) -> None:
             bucket.free()
+            if output.requires_grad:
+                output.register_hook(before_backward)
 
-        def before_backward(*_: Any) -> None:
+        def before_backward(_gradient: Tensor) -> None:
             bucket.missing = len(bucket.parameters)
             bucket.gather(self.stream)
             bucket.ready()
@@ -271,9 +273,7 @@ class HybridZero:
                 behind.gather(self.stream)
 
         unit.register_forward_pre_hook(before_forward)
-        unit.register_full_backward_pre_hook(before_backward)
-        if bucket.sharded:
-            unit.register_forward_hook(after_forward)
+        unit.register_forward_hook(after_forward)
 
     def _on_gradient(self, index: int, position: int) -> Callable[[Tensor], None]:
         bucket = self.buckets[index]
