@@ -16,7 +16,8 @@ from typing import Annotated, Any, Literal, get_args
 import yaml
 from pydantic import BaseModel, Field, JsonValue, ValidationError
 
-from internlm_trainer.config import TRAINING_RULES, Rule, Spec, TrainSpec, broken_rules
+from internlm_trainer.config import Spec, TrainSpec
+from internlm_trainer.rules import TRAINING_RULES, Rule, broken_rules
 
 GROUP = "training.internlm.io"
 VERSION = "v1alpha1"
