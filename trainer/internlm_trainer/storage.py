@@ -224,6 +224,8 @@ def _explain_os_error(error: BaseException, url: str, endpoint: str) -> str | No
         return f"{url} does not exist{endpoint}; correct the path or create it"
     if isinstance(error, IsADirectoryError):
         return f"{url} is a folder, where a file was expected"
+    if isinstance(error, FileExistsError):
+        return f"{url} is a file, where a folder was expected; choose another path"
     if isinstance(error, NotADirectoryError):
         return f"{url} has a file in its path where a folder was expected"
     code = error.errno if isinstance(error, OSError) else None

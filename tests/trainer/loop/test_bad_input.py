@@ -5,14 +5,14 @@ from __future__ import annotations
 import re
 import shutil
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from trainer.conftest import Minio
 from trainer.loop.conftest import Finished
-from trainer.loop.jobs import Corpus, TinyJob, losses, steps
+from trainer.loop.jobs import Corpus, Running, TinyJob, losses, steps
 
 Make = Callable[..., TinyJob]
 Break = Callable[[TinyJob, Corpus, Path], None]
@@ -55,9 +55,13 @@ CASES: dict[str, tuple[Break, str]] = {
 }
 
 
-def refused(job: TinyJob, sentence: str, reason: str = "UserError", **environment: str) -> None:
-    """Run a job that must not take a step; the log's only complaint is the termination message's."""
-    run = job.alone(**environment)
+def refused(job: TinyJob, sentence: str, **environment: str) -> None:
+    """Run a job that must not take a step."""
+    check_refused(job.alone(**environment), sentence)
+
+
+def check_refused(run: Running, sentence: str, reason: str = "UserError") -> None:
+    """The run ends with a message that matches `sentence`, and prints it once, and does not take a step."""
     code = run.end()
     assert code == (65 if reason == "UserError" else 1), run.log
     assert run.message["reason"] == reason
@@ -68,6 +72,23 @@ def refused(job: TinyJob, sentence: str, reason: str = "UserError", **environmen
     assert run.log.count(told) == 1, run.log
     assert "Traceback" not in run.log
     assert losses(run.log) == {}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def unreachable(corpus: Corpus, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Running, str]]:
+    """A job whose store does not answer, and the store's address.
+
+    It tries for a minute, during which the other tests of this module run.
+    """
+    with socket.socket() as closed:  # bound, and nobody listens
+        closed.bind(("127.0.0.1", 0))
+        endpoint = f"http://127.0.0.1:{closed.getsockname()[1]}"
+        job = TinyJob(corpus, tmp_path_factory.mktemp("unreachable"), processes=1, zero=(1, 1, 1))
+        job.checkpoint = {"path": "s3://bucket/run"}
+        keys = {"AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret", "AWS_REGION": "us-east-1"}
+        run = job.alone(AWS_ENDPOINT_URL=endpoint, **keys)
+        yield run, endpoint
+        run.kill()
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -110,12 +131,9 @@ def test_wrong_credentials_are_told_from_a_wrong_path(tiny: Make, minio: Minio) 
     refused(job, r"checkpoint\.path: .*(credentials|secret|key)", AWS_SECRET_ACCESS_KEY="wrong")
 
 
-def test_a_store_that_cannot_be_reached_is_worth_another_try(tiny: Make, minio: Minio) -> None:
-    with socket.socket() as closed:  # bound, and nobody listens
-        closed.bind(("127.0.0.1", 0))
-        endpoint = f"http://127.0.0.1:{closed.getsockname()[1]}"
-        job = tiny(processes=1, zero=(1, 1, 1), checkpoint={"path": f"{minio.bucket()}/run"})
-        refused(job, f"cannot be reached at {endpoint}", "Error", AWS_ENDPOINT_URL=endpoint)
+def test_a_store_that_cannot_be_reached_is_worth_another_try(unreachable: tuple[Running, str]) -> None:
+    run, endpoint = unreachable
+    check_refused(run, f"cannot be reached at {endpoint}", "Error")
 
 
 def test_all_processes_end_with_the_sentence_that_one_of_them_prints(tiny: Make, tmp_path: Path) -> None:

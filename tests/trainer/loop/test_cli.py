@@ -74,7 +74,7 @@ def test_run_names_the_switch_that_brings_a_job_for_two_nodes_down_to_one(tiny: 
 
 
 def test_run_says_how_to_do_without_gpus_that_are_not_there(tiny: Make) -> None:
-    manifest = tiny().write()
+    manifest = tiny(training={"globalBatchTokens": 4096}).write()
     manifest.write_text(manifest.read_text().replace("processesPerNode: 2", "gpusPerNode: 64"))
     done = internlm("run", str(manifest), "--processes", "32")
     assert done.returncode == 65
