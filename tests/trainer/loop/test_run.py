@@ -24,9 +24,9 @@ def test_in_a_pod_each_line_is_a_json_event_and_each_prompt_is_completed(uninter
     assert any(message.startswith("the model completes 'import ' with ") for message in messages)
     assert any(message.startswith("the model completes 'class ' with ") for message in messages)
     assert len([event for event in events if "validation_loss" in event]) == 2
-    assert any("training 58," in message and "on 2 processes (cpu)" in message for message in messages), (
-        messages
-    )
+    assert any(
+        "training 53,664 parameters" in message and "on 2 processes (cpu)" in message for message in messages
+    ), messages
 
 
 def test_the_last_report_and_the_termination_message_say_that_all_steps_are_done(
