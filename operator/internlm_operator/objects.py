@@ -188,6 +188,8 @@ def _container(job: Object, spec: JobSpec, attempt: int, index: int, settings: S
         "INTERNLM_REPORT_TOKEN_FILE": f"{TOKEN_DIR}/token",
         "INTERNLM_REPORT_CA_FILE": f"{CONFIG_DIR}/ca.crt",
         "INTERNLM_TERMINATION_LOG": "/dev/termination-log",
+        # torchrun would kill processes that save a checkpoint after 30 s of the grace.
+        "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(GRACE_SECONDS - 5),
         # The root file system is read-only: caches and compiled kernels go to the scratch volume.
         "HOME": "/tmp",  # noqa: S108
         "PYTHONUNBUFFERED": "1",

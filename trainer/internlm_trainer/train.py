@@ -71,7 +71,7 @@ def train(name: str, spec: TrainSpec, world: Processes, attempt: int) -> int:
             if step % spec.training.log_every_steps == 0 or saves:
                 run.measure(step, loss, norm)
             every = spec.training.validate_every_steps
-            if last or (every and step % every == 0):
+            if last or (every and step % every == 0 and not stop):  # a stop has only so much time
                 run.validate()
             if saves:
                 run.save(step, must_succeed=last or stop)
