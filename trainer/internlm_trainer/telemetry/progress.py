@@ -47,6 +47,7 @@ def set_up_logging(rank: int) -> None:
         handler = RichHandler(
             console=CONSOLE, show_path=False, show_level=rank != 0, markup=False, highlighter=None
         )
+        handler.setFormatter(logging.Formatter("%(message)s", "%H:%M:%S"))
     else:
         handler = logging.StreamHandler(sys.stdout)
         handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
