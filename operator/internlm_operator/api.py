@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import difflib
 import json
-import math
 import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
@@ -454,8 +453,3 @@ def _model_in(annotation: Any) -> Any:
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation
     return next((m for a in get_args(annotation) if (m := _model_in(a))), None)
-
-
-def finite(value: float | None) -> float | None:
-    """`value`, or None where JSON has no word for it."""
-    return value if value is not None and math.isfinite(value) else None

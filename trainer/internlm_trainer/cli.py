@@ -49,7 +49,7 @@ def validate(files: Files) -> None:
     """Check manifests, by the rules that the cluster applies."""
     mistakes = 0
     for file in files:
-        for manifest in _load(file):
+        for manifest in load_manifests(file):
             try:
                 job = parse_job(manifest)
             except JobError as error:
@@ -77,7 +77,7 @@ def run(
     """
     from internlm_trainer import launch
 
-    manifests = _load(file)
+    manifests = load_manifests(file)
     if len(manifests) > 1:
         raise UserError(f"{file}: holds {len(manifests)} jobs; run takes one")
     manifest = launch.scale_down(manifests[0], nodes, processes)
@@ -147,10 +147,6 @@ def tokenize(
         )
     for file in made:
         typer.echo(f"{file.url}: {file.samples:,} samples, {file.tokens:,} tokens")
-
-
-def _load(file: Path) -> list[dict[str, Any]]:
-    return load_manifests(file)
 
 
 def _summary(job: Job) -> str:

@@ -6,7 +6,9 @@ import logging
 import math
 import time
 from collections.abc import Iterable
+from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F  # noqa: N812
@@ -157,16 +159,19 @@ class Run:
                 made.unigram_entropy,
             )
 
-    def _open_training_data(self) -> RowLoader:
+    def _row_settings(self) -> dict[str, Any]:
+        """How rows are cut, the same for training and validation."""
         spec = self.spec
-        return RowLoader(
-            spec.data.train,
-            row_tokens=self.row_tokens,
-            seq_len=spec.model.seq_len,
-            packing=spec.data.packing,
-            seed=spec.training.seed,
-            vocab_size=config.model_shape(spec.model).vocab_size,
-        )
+        return {
+            "row_tokens": self.row_tokens,
+            "seq_len": spec.model.seq_len,
+            "packing": spec.data.packing,
+            "seed": spec.training.seed,
+            "vocab_size": config.model_shape(spec.model).vocab_size,
+        }
+
+    def _open_training_data(self) -> RowLoader:
+        return RowLoader(self.spec.data.train, **self._row_settings())
 
     def _read_validation_rows(self) -> list[Row]:
         spec = self.spec
@@ -174,11 +179,7 @@ class Run:
             return []
         return validation_rows(
             spec.data.validation,
-            row_tokens=self.row_tokens,
-            seq_len=spec.model.seq_len,
-            packing=spec.data.packing,
-            seed=spec.training.seed,
-            vocab_size=config.model_shape(spec.model).vocab_size,
+            **self._row_settings(),
             count=spec.training.validation_rows,
             rank=self.world.rank,
             world_size=self.world.size,
@@ -331,8 +332,6 @@ class Silence:
 
 def _blank(tokens: int) -> Row:
     """A row without any label."""
-    import numpy as np
-
     return Row(
         tokens=np.zeros(tokens, np.int64),
         labels=np.full(tokens, -100, np.int64),
