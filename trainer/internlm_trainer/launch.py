@@ -66,22 +66,26 @@ def run(manifest: dict[str, Any], processes: int) -> int:
             f"--nproc-per-node={processes}",
         ]
         command += ["-m", "internlm_trainer.worker"]
-        # In a session of its own, so that Ctrl-C reaches it through us, and once.
-        agent = subprocess.Popen(
-            command, env=environment, start_new_session=True, stderr=subprocess.PIPE, text=True
-        )
+        agent: subprocess.Popen[str] | None = None
         asked: list[int] = []
 
         def stop(number: int, _: object) -> None:
             asked.append(number)
             if len(asked) == 1:
                 print("\nstopping after this step, and saving; Ctrl-C again to stop at once", file=sys.stderr)
-                agent.terminate()
-            else:
+                if agent:
+                    agent.terminate()
+            elif agent:
                 os.killpg(agent.pid, signal.SIGKILL)
 
         before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
+            # In a session of its own, so that Ctrl-C reaches it through us, and once.
+            agent = subprocess.Popen(
+                command, env=environment, start_new_session=True, stderr=subprocess.PIPE, text=True
+            )
+            if asked:  # before there was anything to end
+                agent.terminate()
             errors = _relay(agent)
             code = agent.wait()
         finally:

@@ -23,7 +23,7 @@ T = TypeVar("T")
 
 # Rank 0 makes tokenizer and data from raw text while the others wait; nothing else takes this long.
 SETUP_TIMEOUT = timedelta(hours=24)
-# How long a process that failed waits for torchrun's word that another one of its machine had died before.
+# How long a process that failed waits to see whether another one of its machine had died before.
 SIBLING_SECONDS = 2.0
 
 
@@ -33,6 +33,10 @@ class Stopped(BaseException):
     No Exception: it is raised wherever the signal finds the process, and what tries a store's requests again
     after any error must not take it for one.
     """
+
+
+class SiblingDied(BaseException):
+    """torchrun ends this process because another one of this machine died, whose end is the one to tell."""
 
 
 class Processes:
@@ -54,28 +58,39 @@ class Processes:
         control = dist.new_group(backend="gloo", timeout=SETUP_TIMEOUT)
         assert isinstance(control, dist.ProcessGroup)
         self._control = control
+        here = (os.environ.get("GROUP_RANK"), os.getpid())
+        self._siblings = [pid for node, pid in self.gather(here) if node == here[0] and pid != here[1]]
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._on_signal)
 
     def _on_signal(self, *_: Any) -> None:
         if not self._training:
-            raise Stopped
+            raise SiblingDied if self._lacks_sibling() else Stopped
         self._stop_asked = True
+
+    def _lacks_sibling(self) -> bool:
+        """Whether another process of this machine is gone: torchrun has reaped it before it ends the others."""
+        for pid in self._siblings:
+            try:
+                os.kill(pid, 0)
+            except ProcessLookupError:
+                return True
+        return False
 
     def train(self) -> None:
         """From here on a signal ends the step at hand instead of interrupting it."""
         self._training = True
 
     def another_died(self) -> bool:
-        """Whether torchrun ends this process because another one of this machine died; waits a moment for it.
+        """Whether another process of this machine died before this one failed; waits a moment to see.
 
-        Who has lost its peer fails at once, torchrun sees the peer's end a tenth of a second later.
+        Who has lost its peer fails at once, torchrun reaps the peer a tenth of a second later.
         """
         self._training = True
         deadline = time.monotonic() + SIBLING_SECONDS
-        while not self._stop_asked and time.monotonic() < deadline:
+        while not (gone := self._lacks_sibling()) and time.monotonic() < deadline:
             time.sleep(0.05)
-        return self._stop_asked
+        return gone
 
     def close(self) -> None:
         dist.destroy_process_group()

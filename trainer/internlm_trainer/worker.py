@@ -17,7 +17,7 @@ from pathlib import Path
 from internlm_operator.api import JobError, load_manifests, parse_job, parse_spec
 from internlm_trainer.checkpoint import StorageUnavailable
 from internlm_trainer.errors import UserError
-from internlm_trainer.processes import Processes, Stopped
+from internlm_trainer.processes import Processes, SiblingDied, Stopped
 from internlm_trainer.storage import StorageUnreachableError
 from internlm_trainer.telemetry.progress import set_up_logging
 from internlm_trainer.telemetry.termination import leave_message
@@ -39,6 +39,8 @@ def main() -> int:
         at = stopped.args[0] if stopped.args else None
         told = "before the first step" if at is None else f"after step {at}, which is saved"
         return _end("Stopped", f"stopped {told}", EXIT_STOPPED, at)
+    except SiblingDied:
+        return 1
 
 
 def _end_with_torchrun() -> None:

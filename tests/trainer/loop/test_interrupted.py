@@ -43,6 +43,35 @@ def test_a_job_whose_process_is_killed_goes_on_from_its_checkpoint_and_ends_with
     assert weights(job.checkpoints) == weights(uninterrupted.job.checkpoints)
 
 
+def test_a_killed_process_is_not_hidden_by_what_its_sibling_says(tiny: Make) -> None:
+    training = tiny(training={"steps": 100000}).torchrun()
+    training.wait_for("step 5/")
+    source = Path(os.__file__).parent
+    raw = tiny()
+    raw.data = {
+        "prepare": {"text": [f"{source}/*.py"], "sample": "line"},
+        "tokenizer": str(raw.folder / "tokenizer.model"),
+        "train": [{"path": str(raw.folder / "train")}],
+        "validation": [],
+    }
+    preparing = raw.torchrun()
+    preparing.wait_for(" files")  # rank 0 is busy with text while rank 1 waits
+    for run in (training, preparing):
+        victim = next(pid for pid in run.workers() if _rank(pid) == 1)
+        os.kill(victim, signal.SIGKILL)
+        assert run.end() != 0
+        # Without a message the operator reads the log's end, where torchrun names who died and how.
+        assert not run.message_file.exists(), run.message
+        assert "Signal 9 (SIGKILL)" in run.log
+
+
+def _rank(pid: int) -> int:
+    variables = dict(
+        one.split(b"=", 1) for one in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0") if one
+    )
+    return int(variables[b"RANK"])
+
+
 def test_ctrl_c_saves_at_once_and_the_same_command_goes_on_from_that_very_step(
     tiny: Make, uninterrupted: Finished
 ) -> None:
