@@ -1,0 +1,79 @@
+"""The training part of a job's description.
+
+One definition serves four readers: the CRD's OpenAPI schema, the command line's checks, the trainer's
+configuration and the documentation.  `internlm_operator.api` wraps it with the Kubernetes part.  Nothing here
+imports torch, so the operator can import it.
+
+YAML is camelCase, Python is snake_case.  Numbers of tokens may carry a unit (`4Mi`, `200B`).
+"""
+
+from __future__ import annotations
+
+from internlm_trainer.config.base import Spec, parse_quantity
+from internlm_trainer.config.checkpoint import CheckpointSpec
+from internlm_trainer.config.data import DataSpec, PrepareSpec, SourceSpec
+from internlm_trainer.config.model import ModelShape, ModelSpec, model_shape
+from internlm_trainer.config.parallel import ParallelSpec, ZeroSpec
+from internlm_trainer.config.training import OptimizerSpec, ScheduleSpec, TrainingSpec
+
+__all__ = [
+    "CheckpointSpec",
+    "DataSpec",
+    "ModelShape",
+    "ModelSpec",
+    "OptimizerSpec",
+    "ParallelSpec",
+    "PrepareSpec",
+    "ScheduleSpec",
+    "SourceSpec",
+    "Spec",
+    "TrainSpec",
+    "TrainingSpec",
+    "ZeroSpec",
+    "global_batch_tokens",
+    "gradient_accumulation",
+    "model_shape",
+    "parse_quantity",
+    "row_tokens",
+    "total_steps",
+]
+
+
+class TrainSpec(Spec):
+    """Everything that the trainer needs to know."""
+
+    model: ModelSpec
+    """The model to train."""
+    data: DataSpec
+    """What it is trained on."""
+    training: TrainingSpec
+    """How long and in which batches."""
+    parallel: ParallelSpec = ParallelSpec()
+    """How its states are laid out."""
+    checkpoint: CheckpointSpec
+    """Where its state is saved."""
+
+
+def row_tokens(spec: TrainSpec) -> int:
+    """Tokens of one packed row: what one rank processes in one micro-batch."""
+    training = spec.training
+    return training.micro_batch_tokens or (training.micro_batch_size or 1) * spec.model.seq_len
+
+
+def global_batch_tokens(spec: TrainSpec, world_size: int) -> int:
+    """Tokens of one optimizer step."""
+    return spec.training.global_batch_tokens or row_tokens(spec) * world_size
+
+
+def gradient_accumulation(spec: TrainSpec, world_size: int) -> int:
+    """Micro-batches of one rank in one optimizer step."""
+    return global_batch_tokens(spec, world_size) // (row_tokens(spec) * world_size)
+
+
+def total_steps(spec: TrainSpec, world_size: int) -> int:
+    """Optimizer steps of the whole job."""
+    training = spec.training
+    if training.steps:
+        return training.steps
+    assert training.tokens
+    return -(-training.tokens // global_batch_tokens(spec, world_size))

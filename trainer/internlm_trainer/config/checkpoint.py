@@ -1,0 +1,20 @@
+"""`spec.checkpoint`: where and how often the state is saved."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import Field
+
+from internlm_trainer.config.base import Spec
+
+
+class CheckpointSpec(Spec):
+    """Where and how often the state is saved. A job resumes from the newest checkpoint that verifies."""
+
+    path: Annotated[str, Field(min_length=1, max_length=1024)]
+    """Folder or URL (any fsspec protocol) of this job's checkpoints; no two jobs may share one."""
+    every_steps: Annotated[int, Field(ge=1, le=2**31 - 1)] = 500
+    """Steps between two checkpoints. The last step is always saved."""
+    keep: Annotated[int, Field(ge=1, le=10000)] = 3
+    """Newest checkpoints to keep."""

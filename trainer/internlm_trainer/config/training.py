@@ -1,0 +1,75 @@
+"""`spec.training`: batches, precision, optimizer and schedule."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from internlm_trainer.config.base import Spec, Tokens
+
+
+class OptimizerSpec(Spec):
+    """AdamW with fp32 master weights."""
+
+    name: Literal["adamw"] = "adamw"
+    """The optimizer."""
+    lr: Annotated[float, Field(gt=0, le=1)] = 4e-5
+    """Peak learning rate."""
+    betas: Annotated[list[Annotated[float, Field(ge=0, lt=1)]], Field(min_length=2, max_length=2)] = [
+        0.9,
+        0.95,
+    ]
+    """Decay rates of the first and second moment."""
+    eps: Annotated[float, Field(gt=0, le=0.1)] = 1e-8
+    """Added to the root of the second moment."""
+    weight_decay: Annotated[float, Field(ge=0, le=1)] = 0.01
+    """Decoupled weight decay of matrices; norms and biases are not decayed."""
+    clip_grad_norm: Annotated[float, Field(ge=0, le=1e6)] = 1.0
+    """Largest global gradient norm; 0 switches clipping off."""
+
+
+class ScheduleSpec(Spec):
+    """The learning rate over the steps: linear warm-up, then the named curve."""
+
+    name: Literal["cosine", "constant"] = "cosine"
+    """Curve after the warm-up."""
+    warmup_steps: Annotated[int, Field(ge=0, le=2**31 - 1)] = 0
+    """Steps over which the learning rate rises linearly to its peak."""
+    min_lr: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Learning rate at the last step of the cosine."""
+
+
+class TrainingSpec(Spec):
+    """How long, in which batches and with which optimizer the model is trained."""
+
+    steps: Annotated[int, Field(ge=1, le=2**31 - 1)] | None = None
+    """Optimizer steps. Give this or `tokens`."""
+    tokens: Tokens | None = None
+    """Tokens to train on, rounded up to whole steps. Give this or `steps`."""
+    global_batch_tokens: Tokens | None = None
+    """Tokens of one optimizer step over all ranks; gradient accumulation follows from it. Default: one
+    micro-batch a rank."""
+    micro_batch_size: Annotated[int, Field(ge=1, le=65536)] | None = None
+    """Sequences of seqLen tokens that a rank processes at once. Default 1, unless `microBatchTokens` is given."""
+    micro_batch_tokens: Tokens | None = None
+    """Tokens of one packed row, that is of a rank's micro-batch, where it is no multiple of seqLen; at least
+    seqLen."""
+    precision: Literal["bf16", "fp32"] = "bf16"
+    """Type of parameters and activations. Master weights and optimizer states are fp32 always."""
+    optimizer: OptimizerSpec = OptimizerSpec()
+    """The optimizer and its settings."""
+    schedule: ScheduleSpec = ScheduleSpec()
+    """The learning rate's schedule."""
+    seed: Annotated[int, Field(ge=0, le=2**31 - 1)] = 1024
+    """Seed of initialisation and shuffling."""
+    validate_every_steps: Annotated[int, Field(ge=0, le=2**31 - 1)] = 0
+    """Steps between two evaluations on `data.validation`; 0: only after the last step."""
+    validation_rows: Annotated[int, Field(ge=1, le=1048576)] = 64
+    """Rows of `data.validation` that an evaluation looks at, at most."""
+    log_every_steps: Annotated[int, Field(ge=1, le=2**31 - 1)] = 10
+    """Steps between two log lines."""
+    completions: Annotated[
+        list[Annotated[str, Field(min_length=1, max_length=4096)]], Field(max_length=16)
+    ] = []
+    """Prompts that the trained model completes at the end, in the log."""
