@@ -7,3 +7,7 @@ class UserError(ValueError):
     The command line prints it without a traceback; on a cluster it ends the job at once, since a restart would
     fail the same way.
     """
+
+
+class StepFailed(RuntimeError):  # noqa: N818
+    """Training cannot go on from here."""

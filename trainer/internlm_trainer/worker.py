@@ -16,7 +16,7 @@ from pathlib import Path
 
 from internlm_operator.api import JobError, load_manifests, parse_job, parse_spec
 from internlm_trainer.checkpoint import StorageUnavailable
-from internlm_trainer.errors import UserError
+from internlm_trainer.errors import StepFailed, UserError
 from internlm_trainer.processes import Processes, SiblingDied, Stopped
 from internlm_trainer.storage import StorageUnreachableError
 from internlm_trainer.telemetry.progress import set_up_logging
@@ -54,7 +54,7 @@ def _train(rank: int) -> int:
     """All of `main` but for being stopped, which may happen in any line of this, its handlers included."""
     world: Processes | None = None
     try:
-        from internlm_trainer.train import StepFailed, train
+        from internlm_trainer.train import train
 
         manifest = load_manifests(Path(os.environ["INTERNLM_JOB_FILE"]))[0]
         job = parse_job(manifest)

@@ -1,0 +1,1 @@
+"""What happens beside the steps of training, a small class each; `train.CALLBACKS` says which, and in which order."""

@@ -1,0 +1,47 @@
+"""What a callback is, and what it is told of a step."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from internlm_trainer.train import Trainer
+
+
+class StepResult(NamedTuple):
+    """What one optimizer step gave."""
+
+    step: int
+    """Its number; 1 is the first, and the last one is `Trainer.total_steps`."""
+    loss: Tensor
+    """This rank's part of the mean loss, in nats a token: the sum over the ranks is the loss.  0-dim, on the device."""
+    grad_norm: Tensor
+    """Global gradient norm before clipping.  0-dim, on the device, the same on all ranks."""
+    lr: float
+    """Learning rate of the step."""
+    last: bool
+    """Whether no step follows: it was the job's last one, or the job was asked to stop."""
+
+
+class Callback:
+    """Watches training from one rank.
+
+    Every rank has the same callbacks and calls their hooks in the same order, so that a hook may communicate.
+    """
+
+    def __init__(self, trainer: Trainer) -> None:
+        self.trainer = trainer
+
+    def start(self) -> None:
+        """The first step is next.  Not called where no step is left to do."""
+
+    def after_step(self, result: StepResult) -> None:
+        """A step is done."""
+
+    def finish(self) -> None:
+        """All steps of the job are done."""
+
+    def close(self) -> None:
+        """Training is over, or failed: let go of threads and files.  Does not communicate, and never raises."""

@@ -1,0 +1,78 @@
+"""What a job reads before its first step: checkpoint, tokenizer, data.  Whatever the user may have got wrong about
+them is found here, the cheap checks before the long work, and told alike on all ranks."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any, NamedTuple
+
+from internlm_trainer import config
+from internlm_trainer.checkpoint import Checkpoint, CheckpointStore, check_store, newest_good
+from internlm_trainer.config import TrainSpec
+from internlm_trainer.data.loader import RowLoader, validation_rows
+from internlm_trainer.data.packing import Row
+from internlm_trainer.data.prepare import prepare
+from internlm_trainer.data.progress import shown_progress
+from internlm_trainer.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
+from internlm_trainer.processes import Processes
+
+log = logging.getLogger(__name__)
+
+
+class Inputs(NamedTuple):
+    """A job's inputs, open and checked."""
+
+    checkpoint: Checkpoint | None
+    """The newest good one, to resume from."""
+    tokenizer: Tokenizer
+    loader: RowLoader
+    held_out: list[Row]
+    """This rank's part of the validation rows."""
+
+
+def open_inputs(spec: TrainSpec, store: CheckpointStore, world: Processes) -> Inputs:
+    """Raises UserError, alike on all ranks."""
+    check_store(store, world)
+    checkpoint = newest_good(store, world)
+    world.first(lambda: _prepare(spec))
+    tokenizer = world.together(lambda: load_tokenizer(spec.data.tokenizer))
+    vocab_size = config.model_shape(spec.model).vocab_size
+    world.together(lambda: check_vocabulary(tokenizer, vocab_size, spec.data.tokenizer))
+    loader = world.together(lambda: RowLoader(spec.data.train, **_row_settings(spec)))
+    held_out = world.together(lambda: _validation_rows(spec, world))
+    return Inputs(checkpoint, tokenizer, loader, held_out)
+
+
+def _prepare(spec: TrainSpec) -> None:
+    if spec.data.prepare:
+        with shown_progress() as progress:
+            made = prepare(spec, progress)
+        log.info(
+            "%d training tokens in %s; their unigram entropy is %.3f nats",
+            made.train.tokens,
+            made.train.url,
+            made.unigram_entropy,
+        )
+
+
+def _row_settings(spec: TrainSpec) -> dict[str, Any]:
+    """How rows are cut, the same for training and validation."""
+    return {
+        "row_tokens": config.row_tokens(spec),
+        "seq_len": spec.model.seq_len,
+        "packing": spec.data.packing,
+        "seed": spec.training.seed,
+        "vocab_size": config.model_shape(spec.model).vocab_size,
+    }
+
+
+def _validation_rows(spec: TrainSpec, world: Processes) -> list[Row]:
+    if not spec.data.validation:
+        return []
+    return validation_rows(
+        spec.data.validation,
+        **_row_settings(spec),
+        count=spec.training.validation_rows,
+        rank=world.rank,
+        world_size=world.size,
+    )
