@@ -144,6 +144,10 @@ class Progress(StatusPart):
     """Loss of the last evaluation on `data.validation`."""
     tokens_per_second: float | None = None
     """Speed of the whole gang."""
+    tokens_per_gpu_per_second: float | None = None
+    """Speed of one process (TGS)."""
+    tflops_per_gpu: float | None = None
+    """Model TFLOPS of one process: attention counted full, recomputation not at all."""
     eta_seconds: int | None = None
     """Seconds that the rest will take at this speed."""
     last_report_time: str = ""

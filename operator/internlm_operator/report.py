@@ -56,6 +56,10 @@ class Report(Message):
     """Loss of the last evaluation."""
     tokens_per_second: Annotated[FiniteFloat, Field(ge=0)] | None = None
     """Speed of the whole gang."""
+    tokens_per_gpu_per_second: Annotated[FiniteFloat, Field(ge=0)] | None = None
+    """Speed of one process."""
+    tflops_per_gpu: Annotated[FiniteFloat, Field(ge=0)] | None = None
+    """Model TFLOPS of one process."""
     eta_seconds: _Count | None = None
     """Seconds that the rest will take at this speed."""
     checkpoint: CheckpointReport | None = None

@@ -98,6 +98,8 @@ def take_report(status: JobStatus, report: Report, time: datetime) -> None:
         loss=_rounded(report.loss),
         validation_loss=_rounded(report.validation_loss),
         tokens_per_second=_rounded(report.tokens_per_second),
+        tokens_per_gpu_per_second=_rounded(report.tokens_per_gpu_per_second),
+        tflops_per_gpu=_rounded(report.tflops_per_gpu),
         eta_seconds=report.eta_seconds,
         last_report_time=stamp(time),
     )

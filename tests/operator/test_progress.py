@@ -19,7 +19,8 @@ def test_a_report_becomes_progress_and_checkpoint() -> None:
         "bytes": 9,
         "digest": "x",
     }
-    world.tell(make_report(step=120, tokensPerSecond=8100.0, etaSeconds=95, checkpoint=checkpoint))
+    speed = {"tokensPerSecond": 8100.0, "tokensPerGpuPerSecond": 4050.0, "tflopsPerGpu": 181.5}
+    world.tell(make_report(step=120, **speed, etaSeconds=95, checkpoint=checkpoint))
     world.settle()
     assert world.status["progressText"] == "120/400"
     assert world.status["progress"] == {
@@ -27,7 +28,7 @@ def test_a_report_becomes_progress_and_checkpoint() -> None:
         "totalSteps": 400,
         "tokens": 491520,
         "loss": 3.0,
-        "tokensPerSecond": 8100.0,
+        **speed,
         "etaSeconds": 95,
         "lastReportTime": stamp(world.now),
     }

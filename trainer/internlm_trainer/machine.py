@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import os
 from importlib.metadata import PackageNotFoundError, version
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    import torch
 
 
 class Finding(NamedTuple):
@@ -64,6 +67,13 @@ def gpu_count() -> int:
     import torch
 
     return torch.cuda.device_count()
+
+
+def card(device: torch.device) -> str:
+    """The name that CUDA gives the device; empty for a CPU."""
+    import torch
+
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else ""
 
 
 def _version(package: str) -> str | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from internlm_trainer.callbacks.evaluation import Completions, Evaluation
 from internlm_trainer.callbacks.progress import Progress
 from internlm_trainer.checkpoint import Checkpoint, CheckpointStore, Want
 from internlm_trainer.config import TrainSpec
-from internlm_trainer.data.packing import Row
+from internlm_trainer.data.packing import IGNORED, Row
 from internlm_trainer.errors import UserError
 from internlm_trainer.inputs import open_inputs
 from internlm_trainer.kernels import attention
@@ -30,6 +30,7 @@ from internlm_trainer.parallel.layout import ZeroLayout
 from internlm_trainer.processes import Processes, Stopped
 from internlm_trainer.telemetry.progress import Silence, Telemetry
 from internlm_trainer.telemetry.report import Reporter
+from internlm_trainer.telemetry.stopwatch import Stopwatch
 
 log = logging.getLogger(__name__)
 
@@ -56,7 +57,8 @@ def train(name: str, spec: TrainSpec, world: Processes, attempt: int) -> int:
         while trainer.step < trainer.total_steps:
             result = trainer.train_step()
             for callback in callbacks:
-                callback.after_step(result)
+                with trainer.section(callback.section):
+                    callback.after_step(result)
             if result.last and result.step < trainer.total_steps:
                 raise Stopped(result.step)
         for callback in callbacks:
@@ -99,6 +101,7 @@ class Trainer:
         )
         self.optimizer = MasterAdamW(self.zero, training.optimizer)
         self.step = self.start_step = self.tokens = 0
+        self.stopwatch = Stopwatch(world.device)
         if checkpoint:
             world.together(lambda: self._restore(checkpoint))
         log.info(
@@ -124,24 +127,35 @@ class Trainer:
     def train_step(self) -> StepResult:
         """One optimizer step."""
         world, training = self.world, self.spec.training
-        rows = self.loader.next_step(
-            self.accumulation * world.size, range(world.rank, self.accumulation * world.size, world.size)
-        )
-        # The mean is over the tokens that carry loss in all rows of all ranks, so no layout changes it.
-        labels, stop = world.count(sum(int((row.labels != -100).sum()) for row in rows))
-        total = torch.zeros((), device=world.device)
-        for index, row in enumerate(rows):
-            self.zero.micro_batch(last=index == len(rows) - 1)
-            loss = self.loss(row) / max(labels, 1)
-            loss.backward()
-            total += loss.detach()
-        norm = self.zero.clip(training.optimizer.clip_grad_norm)
-        lr = learning_rate(training, self.step, self.total_steps)
-        self.optimizer.step(lr)
-        self.zero.publish()
+        with self.section("data"):
+            micro_batches = self.accumulation * world.size
+            rows = self.loader.next_step(micro_batches, range(world.rank, micro_batches, world.size))
+            # The mean is over the tokens that carry loss in all rows of all ranks, so no layout changes it.
+            labels, stop = world.count(sum(int((row.labels != IGNORED).sum()) for row in rows))
+        total, row_losses = torch.zeros((), device=world.device), []
+        with self.section("fwd_bwd", on_device=True):
+            for index, row in enumerate(rows):
+                self.zero.micro_batch(last=index == len(rows) - 1)
+                row_loss = self.loss(row)
+                loss = row_loss / max(labels, 1)
+                loss.backward()
+                total += loss.detach()
+                row_losses.append(row_loss.detach())
+        with self.section("reduce", on_device=True):
+            self.zero.reduced()
+        with self.section("optimizer", on_device=True):
+            norm = self.zero.clip(training.optimizer.clip_grad_norm)
+            lr = learning_rate(training, self.step, self.total_steps)
+            self.optimizer.step(lr)
+            self.zero.publish()
         self.step += 1
-        self.tokens += self.row_tokens * self.accumulation * world.size
-        return StepResult(self.step, total, norm, lr, last=stop or self.step == self.total_steps)
+        self.tokens += self.row_tokens * micro_batches
+        last = stop or self.step == self.total_steps
+        return StepResult(self.step, total, norm, lr, last, rows, row_losses)
+
+    def section(self, name: str, *, on_device: bool = False) -> AbstractContextManager[None]:
+        """A part of a step, whose time is told under this name."""
+        return self.stopwatch.section(name, on_device=on_device)
 
     def loss(self, row: Row) -> Tensor:
         """Sum of the losses of a row's tokens, in nats."""
@@ -154,7 +168,7 @@ class Trainer:
         )
         logits = self.model(torch.from_numpy(row.tokens).to(device, non_blocking=True), documents)
         labels = torch.from_numpy(row.labels).to(device, non_blocking=True)
-        return F.cross_entropy(logits.float(), labels, ignore_index=-100, reduction="sum")
+        return F.cross_entropy(logits.float(), labels, ignore_index=IGNORED, reduction="sum")
 
     def saves(self, result: StepResult) -> bool:
         """Whether a checkpoint is due after this step."""

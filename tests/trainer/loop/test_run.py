@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 
+import pytest
+
 from trainer.loop.conftest import Finished
 from trainer.loop.jobs import EVERY, STEPS, losses, steps
 
@@ -29,6 +31,22 @@ def test_in_a_pod_each_line_is_a_json_event_and_each_prompt_is_completed(uninter
     ), messages
 
 
+def test_a_step_tells_the_fields_of_internlm_s_log_line(uninterrupted: Finished) -> None:
+    events = [json.loads(line) for line in uninterrupted.run.log.splitlines() if line.startswith("{")]
+    last = [event for event in events if "tgs" in event][-1]
+    assert last["num_consumed_tokens"] == STEPS * 512
+    assert (last["micro_num"], last["adam_beta2"]) == (2, 0.95)
+    assert 1 <= last["largest_length"] <= 64
+    assert 2 * last["smallest_batch"] <= last["num_samples_in_batch"] <= 2 * last["largest_batch"]
+    assert 0 < last["tflops_causal"] < last["tflops"]
+    assert last["tgs"] * 2 == pytest.approx(last["tokens_per_second"], rel=1e-4)
+    assert "mfu" not in last  # what a CPU can do at its peak is not known
+    parts = {"data_time", "fwd_bwd_time", "reduce_time", "optimizer_time"}
+    assert parts < last.keys()
+    assert sum(last[part] for part in parts) < last["step_time"]
+    assert last["memory_rss"] > 10**8
+
+
 def test_the_last_report_and_the_termination_message_say_that_all_steps_are_done(
     uninterrupted: Finished,
 ) -> None:
@@ -41,6 +59,8 @@ def test_the_last_report_and_the_termination_message_say_that_all_steps_are_done
     assert (report["startStep"], report["step"], report["totalSteps"]) == (0, STEPS, STEPS)
     assert report["tokens"] == STEPS * 512
     assert report["etaSeconds"] == 0
+    assert report["tokensPerGpuPerSecond"] == pytest.approx(report["tokensPerSecond"] / 2, abs=0.1)
+    assert report["tflopsPerGpu"] > 0
     assert 0 < report["validationLoss"] < math.log(512)
     assert report["checkpoint"]["step"] == STEPS
     assert report["checkpoint"]["uri"] == str(uninterrupted.job.checkpoints / f"step-{STEPS:08d}")

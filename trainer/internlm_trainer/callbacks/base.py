@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from torch import Tensor
+
+from internlm_trainer.data.packing import Row
 
 if TYPE_CHECKING:
     from internlm_trainer.train import Trainer
@@ -23,6 +26,10 @@ class StepResult(NamedTuple):
     """Learning rate of the step."""
     last: bool
     """Whether no step follows: it was the job's last one, or the job was asked to stop."""
+    rows: Sequence[Row]
+    """This rank's micro-batches."""
+    row_losses: Sequence[Tensor]
+    """For each of them, the sum of its tokens' losses, in nats.  0-dim, on the device."""
 
 
 class Callback:
@@ -30,6 +37,9 @@ class Callback:
 
     Every rank has the same callbacks and calls their hooks in the same order, so that a hook may communicate.
     """
+
+    section = "other"
+    """Under which name the time of `after_step` is counted."""
 
     def __init__(self, trainer: Trainer) -> None:
         self.trainer = trainer

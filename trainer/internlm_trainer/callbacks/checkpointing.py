@@ -23,6 +23,8 @@ class Checkpointing(Callback):
     A failing store is told, and fails the job only where nothing comes after.
     """
 
+    section = "checkpoint"
+
     def __init__(self, trainer: Trainer) -> None:
         super().__init__(trainer)
         self._saved_step = trainer.start_step

@@ -3,34 +3,95 @@
 from __future__ import annotations
 
 import math
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-import torch
-import torch.distributed as dist
-
+from internlm_trainer import config
 from internlm_trainer.callbacks.base import Callback, StepResult
+from internlm_trainer.data.packing import Row
 from internlm_trainer.errors import StepFailed
+from internlm_trainer.machine import card
+from internlm_trainer.telemetry.flops import causal_flops, full_flops, peak_flops
+from internlm_trainer.telemetry.memory import peaks
+from internlm_trainer.telemetry.tally import Sums, Tally, source_names
+
+if TYPE_CHECKING:
+    from internlm_trainer.train import Trainer
 
 
 class Progress(Callback):
     """Measures every `logEverySteps` steps, and wherever a checkpoint is due."""
 
+    def __init__(self, trainer: Trainer) -> None:
+        super().__init__(trainer)
+        self._tally = Tally(len(trainer.spec.data.train), trainer.world.device)
+        self._peak = peak_flops(card(trainer.world.device))
+        self._since = (0.0, 0, 0)
+
     def start(self) -> None:
-        self.trainer.telemetry.begin(self.trainer.tokens)
+        self._since = self._now()
+        self.trainer.telemetry.begin()
 
     def after_step(self, result: StepResult) -> None:
         trainer = self.trainer
         trainer.telemetry.step(result.step)
+        for row, row_loss in zip(result.rows, result.row_losses, strict=True):
+            self._tally.add(row, row_loss)
         if result.step % trainer.spec.training.log_every_steps and not trainer.saves(result):
             return
         # A number that is none ends the job before it can reach a checkpoint.
-        dist.all_reduce(result.loss)
-        loss, norm = torch.stack((result.loss, result.grad_norm.to(result.loss.dtype))).tolist()
+        loss, norm, sums = self._tally.reduce(result.loss, result.grad_norm)
         if not (math.isfinite(loss) and math.isfinite(norm)):
             raise StepFailed(
                 f"loss {loss} and gradient norm {norm} at step {result.step}: lower training.optimizer.lr or "
                 "lengthen training.schedule.warmupSteps; the last checkpoint is untouched"
             )
-        trainer.telemetry.measured(result.step, trainer.tokens, loss, norm, result.lr)
+        values: dict[str, float] = {"step": result.step, "loss": loss, "grad_norm": norm, "lr": result.lr}
+        trainer.telemetry.measured(values | self._speed(sums) | self._batch(result.rows) | self._losses(sums))
+
+    def _speed(self, sums: Sums) -> dict[str, float]:
+        """How fast the steps since the last measurement were, and where their time went."""
+        trainer = self.trainer
+        (began, tokens_before, steps_before), self._since = self._since, self._now()
+        seconds = self._since[0] - began
+        tokens, steps = self._since[1] - tokens_before, self._since[2] - steps_before
+        each = max(seconds, 1e-9) * trainer.world.size
+        shape = config.model_shape(trainer.spec.model)
+        full = full_flops(shape, tokens, trainer.spec.model.seq_len) / each
+        causal = causal_flops(shape, tokens, sums.pairs) / each
+        values = {
+            "tokens_per_second": tokens / max(seconds, 1e-9),
+            "tgs": tokens / each,
+            "tflops": full / 1e12,
+            "tflops_causal": causal / 1e12,
+        }
+        if self._peak:
+            values |= {"mfu": full / self._peak, "mfu_causal": causal / self._peak}
+        spent = {f"{name}_time": spent / max(steps, 1) for name, spent in trainer.stopwatch.read().items()}
+        return values | {"step_time": seconds / max(steps, 1)} | spent | peaks(trainer.world.device)
+
+    def _batch(self, rows: Sequence[Row]) -> dict[str, float]:
+        """The last step's batch, under InternLM's names: of this rank, as there."""
+        samples = [len(row.cu_seqlens) - 1 for row in rows]
+        return {
+            "micro_num": len(rows),
+            "num_consumed_tokens": self.trainer.tokens,
+            "num_samples_in_batch": sum(samples),
+            "largest_length": max(row.max_seqlen for row in rows),
+            "largest_batch": max(samples),
+            "smallest_batch": min(samples),
+            "adam_beta2": self.trainer.spec.training.optimizer.betas[1],
+        }
+
+    def _losses(self, sums: Sums) -> dict[str, float]:
+        """Loss of each source, where there are several."""
+        names = source_names([source.path for source in self.trainer.spec.data.train])
+        found = zip(names, sums.losses, strict=True)
+        return {f"loss/{name}": loss for name, loss in found if loss is not None} if len(names) > 1 else {}
+
+    def _now(self) -> tuple[float, int, int]:
+        return time.monotonic(), self.trainer.tokens, self.trainer.step
 
     def close(self) -> None:
         self.trainer.telemetry.close()

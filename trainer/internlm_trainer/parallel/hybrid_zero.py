@@ -292,13 +292,17 @@ class HybridZero:
         """Announce a backward; the `last` one of a step reduces the accumulated gradients."""
         self.last_micro_batch = last
 
+    def reduced(self) -> None:
+        """Make computation wait until the gradients of the last micro-batch are reduced."""
+        for bucket in self.buckets:
+            bucket.ready()
+
     def clip(self, max_norm: float) -> Tensor:
         """Wait for the gradients and scale them down to a global norm of `max_norm` (0: leave them).
 
         Returns the norm before scaling, a 0-dim fp32 tensor on the device; nothing waits for its value.
         """
-        for bucket in self.buckets:
-            bucket.ready()
+        self.reduced()
         gradients = [bucket.master_grad for bucket in self.buckets]
         squares = torch.stack(torch._foreach_norm(gradients)).square().sum()
         if self.mesh.shard_group is not None:

@@ -7,7 +7,7 @@ import logging
 import math
 import os
 import sys
-import time
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Any
 
@@ -19,6 +19,10 @@ from internlm_trainer.checkpoint import CommittedCheckpoint
 from internlm_trainer.telemetry.report import Reporter
 
 log = logging.getLogger(__name__)
+
+
+Values = Mapping[str, float]
+"""Numbers of a step by name."""
 
 
 class JsonFormatter(logging.Formatter):
@@ -70,7 +74,6 @@ class Telemetry:
             "totalSteps": total_steps,
         }
         self._reporter = reporter
-        self._since: tuple[float, int] | None = None  # (time, tokens) of the last speed measurement
         self._live: Progress | None = None
         if sys.stdout.isatty() and "INTERNLM_REPORT_URL" not in os.environ:
             self._live = Progress(
@@ -85,9 +88,8 @@ class Telemetry:
             self._task = self._live.add_task("", total=total_steps, completed=start_step, state="")
             self._live.start()
 
-    def begin(self, tokens: int) -> None:
+    def begin(self) -> None:
         """The first step starts now."""
-        self._since = (time.monotonic(), tokens)
         self._send()
 
     def step(self, step: int) -> None:
@@ -95,42 +97,35 @@ class Telemetry:
         if self._live:
             self._live.update(self._task, completed=step)
 
-    def measured(self, step: int, tokens: int, loss: float, grad_norm: float, lr: float) -> None:
-        """A step's values are known: show and report them."""
-        now = time.monotonic()
-        assert self._since
-        speed = (tokens - self._since[1]) / max(now - self._since[0], 1e-9)
-        self._since = (now, tokens)
-        total = self._report["totalSteps"]
+    def measured(self, values: Values) -> None:
+        """A step's values are known: show and report them.  docs/telemetry.md says what they are."""
+        step, total, tokens = values["step"], self._report["totalSteps"], values["num_consumed_tokens"]
+        speed = values["tokens_per_second"]
         eta = (total - step) * (tokens / step) / speed if speed else None
         self._report |= {
             "step": step,
             "tokens": tokens,
-            "loss": loss if math.isfinite(loss) else None,
+            "loss": _finite(values["loss"]),
             "tokensPerSecond": round(speed, 1),
+            "tokensPerGpuPerSecond": round(values["tgs"], 1),
+            "tflopsPerGpu": round(values["tflops"], 3),
             "etaSeconds": round(eta) if eta is not None else None,
         }
         self._send()
-        fields = {
-            "step": step,
-            "loss": round(loss, 4),
-            "grad_norm": round(grad_norm, 4),
-            "lr": lr,
-            "num_consumed_tokens": tokens,
-            "tokens_per_second": round(speed, 1),
-        }
         if self._live:
             self._show()
         else:
-            text = f"step {step}/{total}  loss {loss:.4f}  {_si(speed)} tokens/s  grad norm {grad_norm:.2f}"
+            text = f"step {step}/{total}  loss {values['loss']:.4f}  {_si(speed)} tokens/s"
+            text += f"  grad norm {values['grad_norm']:.2f}  lr {values['lr']:.2e}"
             eta_text = "" if eta is None else f"  ETA {_duration(eta)}"
-            log.info("%s  lr %.2e%s%s", text, lr, eta_text, self._saved(), extra={"fields": fields})
+            log.info("%s%s%s", text, eta_text, self._saved(), extra={"fields": _rounded(values)})
 
-    def validated(self, loss: float) -> None:
+    def validated(self, step: int, values: Values) -> None:
         """An evaluation on held-out data is done."""
-        self._report["validationLoss"] = loss if math.isfinite(loss) else None
+        loss = values["validation_loss"]
+        self._report["validationLoss"] = _finite(loss)
         self._send()
-        log.info("validation loss %.4f", loss, extra={"fields": {"validation_loss": round(loss, 4)}})
+        log.info("validation loss %.4f", loss, extra={"fields": _rounded({"step": step, **values})})
 
     def saved(self, committed: CommittedCheckpoint, seconds: float | None = None) -> None:
         """A checkpoint is committed, or was resumed from."""
@@ -177,12 +172,24 @@ class Telemetry:
 class Silence:
     """The telemetry of the ranks that say nothing."""
 
-    def begin(self, tokens: int) -> None: ...
+    def begin(self) -> None: ...
     def step(self, step: int) -> None: ...
-    def measured(self, step: int, tokens: int, loss: float, grad_norm: float, lr: float) -> None: ...
-    def validated(self, loss: float) -> None: ...
+    def measured(self, values: Values) -> None: ...
+    def validated(self, step: int, values: Values) -> None: ...
     def saved(self, committed: CommittedCheckpoint, seconds: float | None = None) -> None: ...
     def close(self) -> None: ...
+
+
+def _finite(number: float) -> float | None:
+    return number if math.isfinite(number) else None
+
+
+def _rounded(values: Values) -> dict[str, float | None]:
+    """Values with as many digits as mean something; a number that is none is null, as JSON wants it."""
+    return {
+        name: value if isinstance(value, int) else _finite(float(f"{value:.6g}"))
+        for name, value in values.items()
+    }
 
 
 def _si(number: float) -> str:

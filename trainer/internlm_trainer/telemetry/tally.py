@@ -1,0 +1,63 @@
+"""What the steps since the last log line had, added up where it is: losses on the device, counts on the host."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from internlm_trainer.data.packing import IGNORED, Row
+from internlm_trainer.telemetry.flops import causal_pairs
+
+
+class Sums(NamedTuple):
+    """The tallies of all ranks together."""
+
+    losses: list[float | None]
+    """Mean loss of each source's tokens, in nats; None for a source without any."""
+    pairs: int
+    """Pairs of positions that attention saw."""
+
+
+class Tally:
+    """Losses of each source and attention's work, of one rank's rows."""
+
+    def __init__(self, sources: int, device: torch.device) -> None:
+        self._losses = torch.zeros(sources, dtype=torch.float64, device=device)
+        self._labels = [0] * sources
+        self._pairs = 0
+
+    def add(self, row: Row, loss: Tensor) -> None:
+        """Count a row; `loss` is the sum of its tokens' losses, 0-dim on the device."""
+        self._losses[row.source] += loss
+        self._labels[row.source] += int((row.labels != IGNORED).sum())
+        self._pairs += causal_pairs(row.cu_seqlens)
+
+    def reduce(self, part: Tensor, common: Tensor) -> tuple[float, float, Sums]:
+        """(sum of `part` over the ranks, `common`, tallies of all ranks), by one reduction; starts anew.
+
+        `part` and `common` are 0-dim on the device; `common` is the same on all ranks.  Waits for the device.
+        Every rank calls it.
+        """
+        counts = torch.tensor([*self._labels, self._pairs], dtype=torch.float64, device=self._losses.device)
+        sums = torch.cat((part.double().reshape(1), self._losses, counts))
+        dist.all_reduce(sums)
+        total, *numbers, pairs, shared = torch.cat((sums, common.double().reshape(1))).tolist()
+        losses, labels = numbers[: len(self._labels)], numbers[len(self._labels) :]
+        means = [loss / count if count else None for loss, count in zip(losses, labels, strict=True)]
+        self._losses.zero_()
+        self._labels, self._pairs = [0] * len(self._labels), 0
+        return total, shared, Sums(means, int(pairs))
+
+
+def source_names(paths: Sequence[str]) -> list[str]:
+    """A short name for each source: the last part of its path, or as many parts as tell the paths apart."""
+    parts = [path.rstrip("/").split("/") for path in paths]
+    for length in range(1, max(map(len, parts), default=0) + 1):
+        names = ["/".join(part[-length:]) for part in parts]
+        if len(set(names)) == len(names):
+            return names
+    return [f"{path}#{number}" for number, path in enumerate(paths)]
