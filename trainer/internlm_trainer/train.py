@@ -22,7 +22,7 @@ from internlm_trainer.errors import UserError
 from internlm_trainer.inputs import open_inputs
 from internlm_trainer.kernels import attention
 from internlm_trainer.kernels.attention import Documents
-from internlm_trainer.model.internlm import InternLM, decays, initialise, parameter_count
+from internlm_trainer.model.internlm import InternLM, decays, initialise, parameter_count, parameter_generator
 from internlm_trainer.optim.adamw import MasterAdamW
 from internlm_trainer.optim.schedule import learning_rate
 from internlm_trainer.parallel.hybrid_zero import HybridZero
@@ -83,10 +83,8 @@ class Trainer:
         with torch.device("meta"):
             self.model = InternLM(shape, choice.attention)
 
-        def fill(parameter: str, index: int, values: Tensor) -> None:
-            # A generator for each parameter: its values depend on the seed alone, not on the layout.
-            generator = torch.Generator(values.device).manual_seed(training.seed * 65537 + index)
-            initialise(parameter, values, shape.layers, generator)
+        def fill(parameter: str, _: int, values: Tensor) -> None:
+            initialise(parameter, values, shape.layers, parameter_generator(parameter, training.seed, values))
 
         model = self.model
         degrees = spec.parallel.zero.degrees(world.size)

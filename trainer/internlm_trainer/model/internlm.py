@@ -7,6 +7,7 @@ parallelism here: `internlm_trainer.parallel` applies it from outside.
 from __future__ import annotations
 
 import math
+import zlib
 
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -126,6 +127,14 @@ def initialise(name: str, parameter: Tensor, layers: int, generator: torch.Gener
     else:
         residual = name.endswith(("out_proj.weight", "w3.weight"))
         parameter.normal_(0.0, 0.02 / math.sqrt(2 * layers) if residual else 0.02, generator=generator)
+
+
+def parameter_generator(name: str, seed: int, like: Tensor) -> torch.Generator:
+    """Random numbers for one parameter, on the device of `like`.
+
+    They depend on its name and the seed alone: no layout, and no other parameter, changes the initial weights.
+    """
+    return torch.Generator(like.device).manual_seed(seed << 32 | zlib.crc32(name.encode()))
 
 
 def decays(name: str) -> bool:

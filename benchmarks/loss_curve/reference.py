@@ -1,0 +1,171 @@
+"""The same training with Hugging Face's Llama in plain PyTorch: no code of ours in model, optimizer, schedule or loop.
+
+What it shares with the job is what is not compared: the rows (read by the job's loader) and the initial weights.
+Weights are fp32 under bf16 autocast on a GPU, as the Hugging Face Trainer has it with `bf16=True`.
+
+    python benchmarks/loss_curve/reference.py JOB.yaml OUT.csv [--attention sdpa|eager]
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import math
+import time
+from contextlib import nullcontext
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from internlm_operator.api import load_manifests, parse_job
+from internlm_trainer import config
+from internlm_trainer.data.loader import RowLoader, validation_rows
+from internlm_trainer.data.packing import Row
+from internlm_trainer.model.internlm import InternLM, initialise, parameter_generator
+
+
+def llama(shape: config.ModelShape, seed: int, device: torch.device, attention: str) -> LlamaForCausalLM:
+    """Hugging Face's model with the initial weights that the job draws from its seed."""
+    settings = LlamaConfig(
+        vocab_size=shape.vocab_size,
+        hidden_size=shape.hidden_size,
+        intermediate_size=shape.ffn_size,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.kv_heads,
+        attention_bias=shape.attention_bias,
+        rms_norm_eps=shape.norm_eps,
+        rope_parameters={"rope_type": "default", "rope_theta": float(shape.rope_base)},
+        tie_word_embeddings=False,
+        use_cache=False,
+    )
+    settings._attn_implementation = attention
+    with torch.device("meta"):
+        ours = InternLM(shape)
+    ours.to_empty(device=device)
+    for name, parameter in ours.named_parameters():
+        initialise(name, parameter.data, shape.layers, parameter_generator(name, seed, parameter))
+    model = LlamaForCausalLM(settings).to(device)
+    model.load_state_dict(_renamed(ours.state_dict(), shape))
+    return model
+
+
+def _renamed(ours: dict[str, Tensor], shape: config.ModelShape) -> dict[str, Tensor]:
+    head_dim = shape.hidden_size // shape.heads
+    sizes = [head_dim * heads for heads in (shape.heads, shape.kv_heads, shape.kv_heads)]
+    plain = {"embedding": "model.embed_tokens", "norm": "model.norm", "head": "lm_head"}
+    inside = {
+        "norm1": "input_layernorm",
+        "norm2": "post_attention_layernorm",
+        "mixer.out_proj": "self_attn.o_proj",
+        "mlp.w1": "mlp.gate_proj",
+        "mlp.w2": "mlp.up_proj",
+        "mlp.w3": "mlp.down_proj",
+    }
+    theirs = {}
+    for name, values in ours.items():
+        module, _, kind = name.rpartition(".")
+        if module in plain:
+            theirs[f"{plain[module]}.{kind}"] = values
+            continue
+        _, layer, part = module.split(".", 2)
+        if part == "mixer.Wqkv":
+            for letter, piece in zip("qkv", values.split(sizes), strict=True):
+                theirs[f"model.layers.{layer}.self_attn.{letter}_proj.{kind}"] = piece
+        else:
+            theirs[f"model.layers.{layer}.{inside[part]}.{kind}"] = values
+    return theirs
+
+
+def learning_rate(step: int, training: config.TrainingSpec) -> float:
+    """Linear warm-up to the peak, then cosine to `minLr`; step 0 is the first."""
+    peak, low, warmup = training.optimizer.lr, training.schedule.min_lr, training.schedule.warmup_steps
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    assert training.steps
+    done = (step - warmup) / max(1, training.steps - 1 - warmup)
+    return low + (peak - low) * 0.5 * (1 + math.cos(math.pi * done))
+
+
+def main() -> None:
+    """Train, and write (step, loss) of every step and (step, validation loss) of the evaluations."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("job", type=Path)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--attention", default="sdpa", choices=("sdpa", "eager"))
+    arguments = parser.parse_args()
+    spec = parse_job(load_manifests(arguments.job)[0]).spec
+    training, shape = spec.training, config.model_shape(spec.model)
+    assert spec.data.packing == "contiguous"
+    assert training.steps
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    bf16 = training.precision == "bf16"
+    model = llama(shape, training.seed, device, arguments.attention)
+    decayed = [p for p in model.parameters() if p.dim() > 1]
+    other = [p for p in model.parameters() if p.dim() == 1]
+    optimizer = torch.optim.AdamW(
+        [
+            {"params": decayed, "weight_decay": training.optimizer.weight_decay},
+            {"params": other, "weight_decay": 0.0},
+        ],
+        betas=(training.optimizer.betas[0], training.optimizer.betas[1]),
+        eps=training.optimizer.eps,
+        fused=True,
+    )
+    rows = {
+        "row_tokens": config.row_tokens(spec),
+        "seq_len": spec.model.seq_len,
+        "packing": spec.data.packing,
+        "seed": training.seed,
+        "vocab_size": shape.vocab_size,
+    }
+    loader = RowLoader(spec.data.train, **rows)
+    held_out = validation_rows(spec.data.validation, **rows, count=training.validation_rows)
+
+    def loss_of(row: Row) -> tuple[Tensor, int]:
+        tokens = torch.from_numpy(row.tokens).view(-1, spec.model.seq_len).to(device)
+        labels = torch.from_numpy(row.labels).to(device)
+        with torch.autocast(device.type, torch.bfloat16) if bf16 else nullcontext():
+            logits = model(tokens).logits
+        total = F.cross_entropy(logits.float().flatten(0, 1), labels, ignore_index=-100, reduction="sum")
+        return total, int((row.labels != -100).sum())
+
+    losses, validation = [], []
+    count, began = config.gradient_accumulation(spec, 1), time.monotonic()
+    for step in range(training.steps):
+        batch = loader.next_step(count, range(count))
+        labels = sum(int((row.labels != -100).sum()) for row in batch)
+        total = torch.zeros((), device=device)
+        for row in batch:
+            loss = loss_of(row)[0] / labels
+            loss.backward()
+            total += loss.detach()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), training.optimizer.clip_grad_norm)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, training)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(total)
+        every = training.validate_every_steps
+        if step + 1 == training.steps or (every and (step + 1) % every == 0):
+            with torch.no_grad():
+                sums = [loss_of(row) for row in held_out]
+            validation.append((step + 1, float(sum(s for s, _ in sums)) / sum(n for _, n in sums)))
+            speed = (step + 1) * count * rows["row_tokens"] / (time.monotonic() - began)
+            print(
+                f"step {step + 1}  loss {float(total):.4f}  validation {validation[-1][1]:.4f}  {speed:,.0f} tokens/s"
+            )
+    loader.close()
+    with arguments.out.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(("step", "loss", "validation_loss"))
+        by_step = dict(validation)
+        for index, value in enumerate(torch.stack(losses).tolist()):
+            writer.writerow((index + 1, f"{value:.5f}", by_step.get(index + 1, "")))
+
+
+if __name__ == "__main__":
+    main()
