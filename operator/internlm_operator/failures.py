@@ -19,6 +19,7 @@ Pod = dict[str, Any]
 
 CONTAINER = "trainer"
 USER_ERROR = "UserError"
+OUT_OF_MEMORY = "OutOfMemory"
 MAX_MESSAGE = 1024
 
 # Ends that a trainer survives with a checkpoint: it was told to stop, nothing in it broke.

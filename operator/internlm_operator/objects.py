@@ -12,6 +12,7 @@ import yaml
 from internlm_operator.api import API_VERSION, FROZEN, GROUP, KIND, JobSpec
 from internlm_operator.failures import CONTAINER
 from internlm_operator.merge import strategic_merge
+from internlm_trainer.config import METRICS_PORT
 
 Object = dict[str, Any]
 
@@ -194,12 +195,18 @@ def _container(job: Object, spec: JobSpec, attempt: int, index: int, settings: S
         "HOME": "/tmp",  # noqa: S108
         "PYTHONUNBUFFERED": "1",
     }
+    ports = [{"name": "rendezvous", "containerPort": MASTER_PORT}]
+    asked = spec.telemetry.metrics_port
+    metrics_port = METRICS_PORT if asked is None else asked
+    if index == 0 and metrics_port:  # rank 0 is in worker 0, and a monitor looks for the port by its name
+        environment["INTERNLM_METRICS_PORT"] = str(metrics_port)
+        ports.append({"name": "metrics", "containerPort": metrics_port})
     container: Object = {
         "name": CONTAINER,
         "image": spec.image or settings.trainer_image,
         "command": torchrun(name, spec, index),
         "env": [{"name": key, "value": value} for key, value in environment.items()],
-        "ports": [{"name": "rendezvous", "containerPort": MASTER_PORT}],
+        "ports": ports,
         # The trainer writes its own message; what dies before it can is explained by the end of its log.
         "terminationMessagePolicy": "FallbackToLogsOnError",
         "securityContext": {

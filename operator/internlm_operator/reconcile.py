@@ -15,7 +15,7 @@ Conditions and their reasons:
 | Restarting | the failure's reason (Error, Evicted, PodLost...) | NotRestarting                               |
 | Suspended  | SuspendRequested                      | Suspending, NotSuspended                                |
 | Succeeded  | Completed                             | NotFinished, Failed                                     |
-| Failed     | InvalidSpec, InvalidTemplate, UserError, RestartLimitExceeded | NotFinished, Completed          |
+| Failed     | InvalidSpec, InvalidTemplate, UserError, OutOfMemory, RestartLimitExceeded | NotFinished, Completed          |
 """  # noqa: E501
 
 from __future__ import annotations
@@ -44,6 +44,8 @@ CRASH_GRACE_SECONDS = 15
 # How long to wait for the worker that failed by itself, when all that is known is that another lost its peer.
 SETTLE_SECONDS = 3
 REFUSED_RETRY_SECONDS = 10
+# Memory that lasted for this many steps was filled by chance, such as fragments, and not by the job's own size.
+STEPS_THAT_FIT = 10
 # Why a container waits when nothing is wrong.
 _HARMLESS_WAITS = ("", "PodInitializing", "ContainerCreating")
 
@@ -74,8 +76,8 @@ def reconcile(job: Object, observed: Observed, now: datetime) -> Plan:
         failure = _failure(draft, spec)
         if failure is not None and _may_be_secondary(draft, failure):
             return draft.plan(draft.status.phase)
-        if failure is not None and failure.reason == failures.USER_ERROR:
-            return _fail(draft, failures.USER_ERROR, failure.message, failure)
+        if failure is not None and _would_fail_again(draft, failure):
+            return _fail(draft, failure.reason, failure.message, failure)
         if failure is not None:
             if restarts_in_window(draft.status, spec.recovery, now) >= spec.recovery.max_restarts:
                 return _fail(draft, "RestartLimitExceeded", _limit_sentence(spec, failure), failure)
@@ -87,6 +89,14 @@ def reconcile(job: Object, observed: Observed, now: datetime) -> Plan:
             return waiting
         _begin_attempt(draft, spec)
     return _form_and_follow(draft, spec)
+
+
+def _would_fail_again(draft: Draft, failure: Failure) -> bool:
+    """Whether a restart would meet the same failure, so that only an edit of the job helps."""
+    if failure.reason == failures.OUT_OF_MEMORY:
+        attempt = draft.status.attempts[-1]
+        return (attempt.end_step or 0) - (attempt.start_step or 0) < STEPS_THAT_FIT
+    return failure.reason == failures.USER_ERROR
 
 
 # What is known of the training itself

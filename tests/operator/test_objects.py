@@ -38,6 +38,20 @@ def test_a_worker_is_a_torchrun_agent_that_meets_the_others_at_worker_0() -> Non
     assert command[-2:] == ["-m", "internlm_trainer.worker"]
 
 
+@pytest.mark.parametrize(
+    ("index", "telemetry", "port"),
+    [(0, {}, 9464), (0, {"metricsPort": 8000}, 8000), (0, {"metricsPort": 0}, None), (1, {}, None)],
+)
+def test_the_worker_of_rank_0_has_a_port_for_metrics(
+    index: int, telemetry: dict[str, Any], port: int | None
+) -> None:
+    container = trainer(worker(index, nodes=4, telemetry=telemetry))
+    ports = {port["name"]: port["containerPort"] for port in container["ports"]}
+    environment = {variable["name"]: variable["value"] for variable in container["env"]}
+    assert ports == {"rendezvous": 29500} | ({"metrics": port} if port else {})
+    assert environment.get("INTERNLM_METRICS_PORT") == (str(port) if port else None)
+
+
 def test_a_worker_has_its_name_in_dns() -> None:
     spec = worker()["spec"]
     assert (spec["hostname"], spec["subdomain"]) == ("job-worker-1", "job")

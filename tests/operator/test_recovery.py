@@ -137,6 +137,23 @@ def test_a_users_mistake_fails_the_job_at_once_in_the_trainers_words() -> None:
     assert world.status["lastFailure"]["pod"] == "job-worker-1"
 
 
+@pytest.mark.parametrize(("steps", "phase"), [(None, "Failed"), (9, "Failed"), (10, "Restarting")])
+def test_memory_that_is_full_in_the_first_steps_fails_the_job_and_later_restarts_it(
+    steps: int | None, phase: str
+) -> None:
+    world = World()
+    world.start()
+    if steps is not None:
+        world.tell(make_report(step=40 + steps, startStep=40))
+    world.end(1, 1, message("OutOfMemory", "make training.microBatchSize smaller"))
+    world.step()
+    assert world.phase == phase
+    assert world.status["lastFailure"]["reason"] == "OutOfMemory"
+    if phase == "Failed":
+        assert world.condition("Failed")["reason"] == "OutOfMemory"
+        assert world.condition("Failed")["message"] == "make training.microBatchSize smaller"
+
+
 def test_a_job_fails_when_its_restarts_are_used_up_and_says_what_failed_last() -> None:
     world = World(recovery={"maxRestarts": 2, "windowSeconds": 3600})
     for _ in range(3):

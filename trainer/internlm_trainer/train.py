@@ -14,6 +14,8 @@ from internlm_trainer import config
 from internlm_trainer.callbacks.base import Callback, StepResult
 from internlm_trainer.callbacks.checkpointing import Checkpointing
 from internlm_trainer.callbacks.evaluation import Completions, Evaluation
+from internlm_trainer.callbacks.garbage import Garbage
+from internlm_trainer.callbacks.profiling import Profiling
 from internlm_trainer.callbacks.progress import Progress
 from internlm_trainer.checkpoint import Checkpoint, CheckpointStore, Want
 from internlm_trainer.config import TrainSpec
@@ -28,15 +30,25 @@ from internlm_trainer.optim.schedule import learning_rate
 from internlm_trainer.parallel.hybrid_zero import HybridZero
 from internlm_trainer.parallel.layout import ZeroLayout
 from internlm_trainer.processes import Processes, Stopped
+from internlm_trainer.telemetry.diagnostics import record_memory
+from internlm_trainer.telemetry.heartbeat import Heartbeat
 from internlm_trainer.telemetry.progress import Silence, Telemetry
 from internlm_trainer.telemetry.report import Reporter
+from internlm_trainer.telemetry.sinks import Sinks, asked_sinks
 from internlm_trainer.telemetry.stopwatch import Stopwatch
 
 log = logging.getLogger(__name__)
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 # In the order in which they hear of a step: values are told before they are saved.
-CALLBACKS: tuple[type[Callback], ...] = (Progress, Evaluation, Checkpointing, Completions)
+CALLBACKS: tuple[type[Callback], ...] = (
+    Profiling,
+    Progress,
+    Evaluation,
+    Checkpointing,
+    Completions,
+    Garbage,
+)
 
 
 def train(name: str, spec: TrainSpec, world: Processes, attempt: int) -> int:
@@ -63,6 +75,7 @@ def train(name: str, spec: TrainSpec, world: Processes, attempt: int) -> int:
                 raise Stopped(result.step)
         for callback in callbacks:
             callback.finish()
+        trainer.heartbeat.beat("done", trainer.step)
     return trainer.step
 
 
@@ -72,6 +85,7 @@ class Trainer:
     def __init__(self, name: str, spec: TrainSpec, world: Processes, attempt: int) -> None:
         self.spec, self.world = spec, world
         training, shape = spec.training, config.model_shape(spec.model)
+        sinks = world.together(lambda: asked_sinks(name, spec))
         self.row_tokens = config.row_tokens(spec)
         self.accumulation = config.gradient_accumulation(spec, world.size)
         self.total_steps = config.total_steps(spec, world.size)
@@ -79,6 +93,8 @@ class Trainer:
         self.store = CheckpointStore(spec.checkpoint.path, shape._asdict(), spec.checkpoint.keep, name)
         checkpoint, self.tokenizer, self.loader, self.held_out = open_inputs(spec, self.store, world)
 
+        if spec.telemetry.memory_history:
+            record_memory(world.device)
         choice = attention.choose(world.device, DTYPES[training.precision])
         with torch.device("meta"):
             self.model = InternLM(shape, choice.attention)
@@ -99,7 +115,7 @@ class Trainer:
         )
         self.optimizer = MasterAdamW(self.zero, training.optimizer)
         self.step = self.start_step = self.tokens = 0
-        self.stopwatch = Stopwatch(world.device)
+        self.stopwatch, self.heartbeat = Stopwatch(world.device), Heartbeat(world.rank)
         if checkpoint:
             world.together(lambda: self._restore(checkpoint))
         log.info(
@@ -114,7 +130,7 @@ class Trainer:
         )
         if world.rank == 0:
             self.telemetry: Telemetry | Silence = Telemetry(
-                self.total_steps, self.start_step, attempt, Reporter()
+                self.total_steps, self.start_step, attempt, Reporter(), Sinks(sinks, self.start_step)
             )
         else:
             self.telemetry = Silence()
@@ -152,7 +168,8 @@ class Trainer:
         return StepResult(self.step, total, norm, lr, last, rows, row_losses)
 
     def section(self, name: str, *, on_device: bool = False) -> AbstractContextManager[None]:
-        """A part of a step, whose time is told under this name."""
+        """A part of the loop, whose time is told under this name."""
+        self.heartbeat.beat(name, self.step)
         return self.stopwatch.section(name, on_device=on_device)
 
     def loss(self, row: Row) -> Tensor:

@@ -7,18 +7,23 @@ INTERNLM_REPORT_URL, INTERNLM_REPORT_TOKEN_FILE and INTERNLM_REPORT_CA_FILE.
 from __future__ import annotations
 
 import ctypes
-import gc
 import logging
 import os
 import signal
 import sys
 from pathlib import Path
 
-from internlm_operator.api import JobError, load_manifests, parse_job, parse_spec
+from internlm_operator.api import Job, JobError, JobSpec, load_manifests, parse_job, parse_spec
 from internlm_trainer.checkpoint import StorageUnavailable
 from internlm_trainer.errors import StepFailed, UserError
 from internlm_trainer.processes import Processes, SiblingDied, Stopped
 from internlm_trainer.storage import StorageUnreachableError
+from internlm_trainer.telemetry.diagnostics import (
+    is_out_of_memory,
+    leave_memory_snapshot,
+    set_flight_recorder,
+)
+from internlm_trainer.telemetry.heartbeat import Heartbeat
 from internlm_trainer.telemetry.progress import set_up_logging
 from internlm_trainer.telemetry.termination import leave_message
 
@@ -53,14 +58,17 @@ def _end_with_torchrun() -> None:
 def _train(rank: int) -> int:
     """All of `main` but for being stopped, which may happen in any line of this, its handlers included."""
     world: Processes | None = None
+    job: Job | None = None
     try:
         from internlm_trainer.train import train
 
+        Heartbeat(rank).beat("setup", 0)
         manifest = load_manifests(Path(os.environ["INTERNLM_JOB_FILE"]))[0]
         job = parse_job(manifest)
+        diagnostics_path = job.spec.telemetry.diagnostics_path
+        set_flight_recorder(diagnostics_path, os.environ)
         world = Processes()
         spec = parse_spec(manifest["spec"], world.size)
-        gc.freeze()
         try:
             step = train(job.name, spec, world, int(os.environ.get("INTERNLM_ATTEMPT", "1")))
         except StepFailed as error:
@@ -71,6 +79,8 @@ def _train(rank: int) -> int:
     except (UserError, JobError) as error:
         return _end("UserError", str(error), EXIT_USER_ERROR)
     except Exception as error:
+        if job is not None and is_out_of_memory(error):
+            return _end("OutOfMemory", _what_to_change(error, job.spec, rank), 1)
         # A process that was killed leaves no message. What its peers saw of that must not stand for it: without
         # one, the log's end does, where torchrun names who died first and how.
         killed = world is not None and world.another_died()
@@ -80,6 +90,18 @@ def _train(rank: int) -> int:
         return 1
     leave_message("Completed", f"all {step} steps are done", step)
     return 0
+
+
+def _what_to_change(error: Exception, spec: JobSpec, rank: int) -> str:
+    """What to do when memory is full."""
+    snapshot = None
+    if spec.telemetry.memory_history and spec.gpus_per_node:
+        snapshot = leave_memory_snapshot(spec.telemetry.diagnostics_path, rank)
+    history = f"; who took it is in {snapshot}, for https://pytorch.org/memory_viz" if snapshot else ""
+    return (
+        f"rank {rank}: memory is full: {str(error).splitlines()[0] if str(error) else type(error).__name__}: make "
+        "training.microBatchSize or model.seqLen smaller, or shard more by parallel.zero" + history
+    )
 
 
 def _end(reason: str, sentence: str, code: int, step: int | None = None) -> int:

@@ -42,6 +42,7 @@ class TinyJob:
     data: dict[str, Any] = field(default_factory=dict)
     training: dict[str, Any] = field(default_factory=dict)
     checkpoint: dict[str, Any] = field(default_factory=dict)
+    telemetry: dict[str, Any] = field(default_factory=dict)
 
     @property
     def checkpoints(self) -> Path:
@@ -82,6 +83,7 @@ class TinyJob:
                 "zero": {"parameters": parameters, "gradients": gradients, "optimizer": optimizer},
             },
             "checkpoint": {"path": str(self.checkpoints), "everySteps": EVERY} | self.checkpoint,
+            "telemetry": self.telemetry,
         }
         return {
             "apiVersion": "training.internlm.io/v1alpha1",
@@ -106,7 +108,7 @@ class TinyJob:
         """The job's only process, without torchrun."""
         assert self.processes == 1
         place = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
-        return self._start(["-m", WORKER], place | {"MASTER_PORT": str(_free_port())} | environment)
+        return self._start(["-m", WORKER], place | {"MASTER_PORT": str(free_port())} | environment)
 
     def internlm_run(self, *options: str) -> Running:
         """`internlm run`."""
@@ -217,7 +219,7 @@ def losses(log: str) -> dict[int, float]:
     return found
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         port: int = listener.getsockname()[1]

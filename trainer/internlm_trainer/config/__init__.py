@@ -14,9 +14,11 @@ from internlm_trainer.config.checkpoint import CheckpointSpec
 from internlm_trainer.config.data import DataSpec, PrepareSpec, SourceSpec
 from internlm_trainer.config.model import ModelShape, ModelSpec, model_shape
 from internlm_trainer.config.parallel import ParallelSpec, ZeroSpec
+from internlm_trainer.config.telemetry import METRICS_PORT, TelemetrySpec
 from internlm_trainer.config.training import OptimizerSpec, ScheduleSpec, TrainingSpec
 
 __all__ = [
+    "METRICS_PORT",
     "CheckpointSpec",
     "DataSpec",
     "ModelShape",
@@ -27,6 +29,7 @@ __all__ = [
     "ScheduleSpec",
     "SourceSpec",
     "Spec",
+    "TelemetrySpec",
     "TrainSpec",
     "TrainingSpec",
     "ZeroSpec",
@@ -52,6 +55,8 @@ class TrainSpec(Spec):
     """How its states are laid out."""
     checkpoint: CheckpointSpec
     """Where its state is saved."""
+    telemetry: TelemetrySpec = TelemetrySpec()
+    """Where its numbers go, and what it leaves for those who look into it."""
 
 
 def row_tokens(spec: TrainSpec) -> int:

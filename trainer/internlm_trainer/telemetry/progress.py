@@ -7,7 +7,6 @@ import logging
 import math
 import os
 import sys
-from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Any
 
@@ -17,12 +16,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from internlm_trainer.checkpoint import CommittedCheckpoint
 from internlm_trainer.telemetry.report import Reporter
+from internlm_trainer.telemetry.sinks import Sinks, Values
 
 log = logging.getLogger(__name__)
-
-
-Values = Mapping[str, float]
-"""Numbers of a step by name."""
 
 
 class JsonFormatter(logging.Formatter):
@@ -65,7 +61,9 @@ CONSOLE = Console()
 class Telemetry:
     """Rank 0's view of the run, told to people and to the operator."""
 
-    def __init__(self, total_steps: int, start_step: int, attempt: int, reporter: Reporter) -> None:
+    def __init__(
+        self, total_steps: int, start_step: int, attempt: int, reporter: Reporter, sinks: Sinks
+    ) -> None:
         self._report: dict[str, Any] = {
             "attempt": attempt,
             "rank": 0,
@@ -73,7 +71,7 @@ class Telemetry:
             "step": start_step,
             "totalSteps": total_steps,
         }
-        self._reporter = reporter
+        self._reporter, self._sinks = reporter, sinks
         self._live: Progress | None = None
         if sys.stdout.isatty() and "INTERNLM_REPORT_URL" not in os.environ:
             self._live = Progress(
@@ -112,6 +110,7 @@ class Telemetry:
             "etaSeconds": round(eta) if eta is not None else None,
         }
         self._send()
+        self._sinks.write(round(step), values)
         if self._live:
             self._show()
         else:
@@ -125,6 +124,7 @@ class Telemetry:
         loss = values["validation_loss"]
         self._report["validationLoss"] = _finite(loss)
         self._send()
+        self._sinks.write(step, values)
         log.info("validation loss %.4f", loss, extra={"fields": _rounded({"step": step, **values})})
 
     def saved(self, committed: CommittedCheckpoint, seconds: float | None = None) -> None:
@@ -138,6 +138,13 @@ class Telemetry:
         }
         self._report["step"] = max(self._report["step"], committed.step)
         self._send()
+        if seconds is not None:
+            numbers = {
+                "checkpoint_step": committed.step,
+                "checkpoint_size": committed.bytes,
+                "save_time": seconds,
+            }
+            self._sinks.write(committed.step, numbers)
         if seconds is not None and not self._live:
             size = _si(committed.bytes) + "B"
             log.info(
@@ -154,6 +161,7 @@ class Telemetry:
         if self._live:
             self._live.stop()
         self._reporter.close()
+        self._sinks.close()
 
     def _send(self) -> None:
         self._reporter.send(dict(self._report))

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+from torch.profiler import record_function
 
 
 class Stopwatch:
@@ -25,17 +26,19 @@ class Stopwatch:
 
     @contextmanager
     def section(self, name: str, *, on_device: bool = False) -> Iterator[None]:
-        """Add the time of the block to `name`'s."""
+        """Add the time of the block to `name`'s, and name it in traces."""
         if on_device and self._cuda:
             start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             start.record()
-            yield
+            with record_function(name):
+                yield
             end.record()
             self._events.append((name, start, end))
             self._drain()
         else:
             began = time.perf_counter()
-            yield
+            with record_function(name):
+                yield
             self._add(name, time.perf_counter() - began)
 
     def read(self) -> dict[str, float]:
