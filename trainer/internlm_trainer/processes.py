@@ -45,6 +45,7 @@ class Processes:
     def __init__(self) -> None:
         self.rank = int(os.environ.get("RANK", "0"))
         self.size = int(os.environ.get("WORLD_SIZE", "1"))
+        self.local_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         self._stop_asked = False
         self._training = False
         local_rank = int(os.environ.get("LOCAL_RANK", "0"))

@@ -107,7 +107,8 @@ class Trainer:
         self.zero = HybridZero(
             model,
             [model.embedding, *model.blocks, model.norm, model.head],
-            ZeroLayout(world.size, *degrees),
+            ZeroLayout(world.size, *degrees, world.local_size),
+            spec.parallel.zero,
             dtype=DTYPES[training.precision],
             device=world.device,
             initialise=fill,

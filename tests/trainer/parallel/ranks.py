@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F  # noqa: N812
 
-from internlm_trainer.config import ModelShape, OptimizerSpec
+from internlm_trainer.config import ModelShape, OptimizerSpec, ZeroSpec
 from internlm_trainer.kernels import attention
 from internlm_trainer.kernels.attention import Documents
 from internlm_trainer.model.internlm import InternLM, decays, initialise
@@ -38,6 +38,7 @@ def train(degrees: tuple[int, int, int], dtype: torch.dtype, device: torch.devic
         model,
         [model.embedding, *model.blocks, model.norm, model.head],
         ZeroLayout(world, *degrees),
+        ZeroSpec(),
         dtype=dtype,
         device=device,
         initialise=fill,

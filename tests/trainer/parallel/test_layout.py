@@ -3,22 +3,33 @@
 from __future__ import annotations
 
 from math import prod
+from typing import Literal
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from internlm_trainer.parallel.layout import Span, ZeroLayout, bucket_layout
+from internlm_trainer.parallel.layout import (
+    GRADIENTS,
+    OPTIMIZER,
+    PARAMETERS,
+    REPLICAS,
+    GradientBuffers,
+    Span,
+    ZeroLayout,
+    bucket_layout,
+    gradient_buffers,
+)
 
 
 @st.composite
 def layouts(draw: st.DrawFn) -> ZeroLayout:
-    """Degrees each of which divides the next, up to 96 ranks."""
-    p, g, o, world = 1, 1, 1, 1
+    """Degrees each of which divides the next, up to 96 ranks, on nodes of any size, even ones that fit nothing."""
     p = draw(st.sampled_from([1, 2, 3, 4]))
     g = p * draw(st.sampled_from([1, 2, 3]))
     o = g * draw(st.sampled_from([1, 2, 4]))
     world = o * draw(st.sampled_from([1, 2]))
-    return ZeroLayout(world, p, g, o)
+    return ZeroLayout(world, p, g, o, draw(st.one_of(st.just(0), st.integers(1, 12))))
 
 
 @given(layouts(), st.integers(1, 50))
@@ -43,20 +54,89 @@ def test_shards_are_nested(layout: ZeroLayout, scale: int) -> None:
 @given(layouts())
 def test_the_groups_of_every_level_partition_the_ranks(layout: ZeroLayout) -> None:
     assert prod(layout.sizes) == layout.world_size
-    for level in range(4):
+    sizes = [1, 1, 1, 1]
+    for level in layout.levels:
+        sizes[level.kind] *= level.size
         groups = layout.groups(level)
         assert sorted(rank for group in groups for rank in group) == list(range(layout.world_size))
         for group in groups:
-            # in the order of the index along the level, and equal in all other coordinates
-            assert [layout.coordinates(rank)[level] for rank in group] == list(range(len(group)))
-            others = {c[:level] + c[level + 1 :] for c in map(layout.coordinates, group)}
+            # in the order of the place along the level, and at the same place along all others
+            assert [level.place(rank) for rank in group] == list(range(level.size))
+            others = {tuple(o.place(rank) for o in layout.levels if o != level) for rank in group}
             assert len(others) == 1
+    assert tuple(sizes) == layout.sizes
 
 
 @given(layouts())
-def test_a_copy_of_the_parameters_is_held_by_consecutive_ranks(layout: ZeroLayout) -> None:
-    for group in layout.groups(0):
-        assert group == list(range(group[0], group[0] + layout.parameters))
+def test_along_levels_within_a_degree_one_reaches_the_consecutive_ranks_that_share_a_copy(
+    layout: ZeroLayout,
+) -> None:
+    for kind, degree in enumerate((layout.parameters, layout.gradients, layout.optimizer)):
+        reached = {0}
+        for level in layout.levels:
+            if level.kind <= kind:
+                reached = {r for group in layout.groups(level) if reached & set(group) for r in group}
+        assert reached == set(range(degree))
+
+
+@given(layouts())
+def test_a_cut_level_is_first_inside_nodes_then_across_them(layout: ZeroLayout) -> None:
+    for kind in range(3):
+        parts = [level for level in layout.levels if level.kind == kind]
+        assert len(parts) <= 2
+        if len(parts) == 2:
+            assert [layout.spans_nodes(level) for level in parts] == [False, True]
+    assert layout._replace(ranks_per_node=0).levels == layout._replace(ranks_per_node=96 * 12).levels
+
+
+@pytest.mark.parametrize(
+    ("layout", "levels"),
+    [
+        # the optimizer's 16 ranks on two nodes: 8 inside, then 2 across
+        (ZeroLayout(16, 1, 1, 16, 8), [(OPTIMIZER, 8, 1), (OPTIMIZER, 2, 8)]),
+        (ZeroLayout(32, 8, 8, 32, 8), [(PARAMETERS, 8, 1), (OPTIMIZER, 4, 8)]),
+        (ZeroLayout(32, 2, 16, 16, 8), [(PARAMETERS, 2, 1), (GRADIENTS, 4, 2), (GRADIENTS, 2, 8), (REPLICAS, 2, 16)]),
+        (ZeroLayout(16, 1, 1, 1, 8), [(REPLICAS, 16, 1)]),
+        (ZeroLayout(6, 1, 1, 6, 4), [(OPTIMIZER, 2, 1), (OPTIMIZER, 3, 2)]),  # nodes that o does not fit
+        (ZeroLayout(1, 1, 1, 1, 1), []),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_levels_by_example(layout: ZeroLayout, levels: list[tuple[int, int, int]]) -> None:
+    assert [tuple(level) for level in layout.levels] == levels
+
+
+@pytest.mark.parametrize(
+    ("degrees", "accumulation", "offload", "micro_batches", "expected"),
+    [
+        # one GPU: gradients go where the optimizer reads them, however many micro-batches
+        ((1, 1, 1, 1), "shards", False, 1, GradientBuffers(True, True, 0, 0)),
+        ((1, 1, 1, 1), "shards", False, 4, GradientBuffers(True, True, 0, 0)),
+        ((1, 1, 1, 1), "shards", True, 1, GradientBuffers(True, False, 0, 960)),
+        ((1, 1, 1, 1), "shards", True, 4, GradientBuffers(True, False, 960, 0)),
+        # ZeRO-1: a micro-batch alone needs nothing that stays
+        ((8, 1, 1, 8), "shards", False, 1, GradientBuffers(True, False, 0, 960)),
+        ((8, 1, 1, 8), "shards", False, 4, GradientBuffers(True, False, 960, 0)),
+        ((8, 1, 1, 8), "full", False, 4, GradientBuffers(True, False, 960, 0)),
+        # gradients sharded: every micro-batch passes through
+        ((8, 1, 4, 8), "shards", False, 4, GradientBuffers(False, False, 240, 960)),
+        ((8, 1, 8, 8), "shards", False, 4, GradientBuffers(False, True, 0, 960)),
+        ((8, 1, 8, 8), "shards", True, 4, GradientBuffers(False, False, 120, 960)),
+        ((8, 1, 8, 8), "full", False, 4, GradientBuffers(True, False, 960, 0)),
+    ],
+)
+def test_where_gradients_are_kept(
+    degrees: tuple[int, int, int, int],
+    accumulation: Literal["shards", "full"],
+    offload: bool,
+    micro_batches: int,
+    expected: GradientBuffers,
+) -> None:
+    layout = ZeroLayout(*degrees)
+    found = gradient_buffers(
+        layout, 960, accumulation=accumulation, offload=offload, micro_batches=micro_batches
+    )
+    assert found == expected
 
 
 @given(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -22,6 +22,19 @@ class ZeroSpec(Spec):
     """Ranks that share one copy of the accumulated gradients."""
     optimizer: Annotated[int, Field(ge=-1, le=65536)] = -1
     """Ranks that share one copy of the fp32 master weights and the optimizer's states."""
+
+    accumulation: Literal["shards", "full"] = "shards"
+    """Where the gradients of a step's micro-batches are added up, in fp32. `shards`: reduced within `gradients`
+    ranks after every micro-batch, 4 bytes a parameter sent each time, 4 / gradients bytes a parameter kept;
+    `full`: 4 bytes a parameter kept, reduced once a step. The same where `gradients` is 1."""
+    reduce_precision: Literal["fp32", "bf16"] = "fp32"
+    """Type in which gradients are sent and summed across ranks. `bf16` halves the bytes, and rounds each sum to 8
+    bits, which moves each gradient by up to 0.4% for every rank that adds to it. With `optimizer` above 1, sums
+    across its groups stay fp32, since only 1 / optimizer of the elements is left there."""
+    offload: Literal["none", "optimizer"] = "none"
+    """`optimizer`: keep the master weights and optimizer states in host memory, 16 bytes a parameter divided by
+    `optimizer`, and update them there. It leaves 2 bytes a parameter and the gradients on a GPU (precision bf16),
+    and costs the transfers and the CPU's update at every step: for few GPUs and many micro-batches."""
 
     def degrees(self, data_parallel_size: int) -> tuple[int, int, int]:
         """(p, g, o) with -1 replaced by the data-parallel size."""

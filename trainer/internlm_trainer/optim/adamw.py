@@ -47,7 +47,7 @@ class MasterAdamW:
             fused=True,
         )
         # The states live in buffers of our own, so that they can be saved and restored by parameter.
-        self.steps = torch.zeros((), dtype=torch.float32, device=zero.device)
+        self.steps = torch.zeros((), dtype=torch.float32, device=zero.buckets[0].master.device)
         self.moments = {
             kind: [torch.zeros_like(bucket.master) for bucket in zero.buckets] for kind in KINDS[1:]
         }

@@ -13,15 +13,20 @@ A bucket of S elements (padded to a multiple of o) is cut level by level, so eac
 inside its gradient shard and that inside its parameter shard.  Reduction therefore is a reduce-scatter along each
 level and an all-reduce along the last, and the way back is an all-gather along each: every byte moves over the
 narrowest group that can use it.  InternLM's `zero1=8` is (1, 1, 8), FSDP is (W, W, W).
+
+A level whose groups span nodes is cut in two, the part inside the node first.  So a reduce-scatter brings the bytes
+down inside the node before the rest crosses the network, and an all-gather crosses it before it spreads inside.
+Only the replicas' all-reduce stays whole, since NCCL's own is hierarchical already.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import prod
-from typing import NamedTuple
+from math import gcd, prod
+from typing import Literal, NamedTuple
 
 LEVELS = ("parameters", "gradients", "optimizer", "replicas")
+PARAMETERS, GRADIENTS, OPTIMIZER, REPLICAS = range(4)
 
 
 class Span(NamedTuple):
@@ -45,6 +50,21 @@ class Span(NamedTuple):
         return Span(start, stop) if start < stop else None
 
 
+class Level(NamedTuple):
+    """One level of the mesh, or the part of one inside or across nodes."""
+
+    kind: int
+    """Index of `LEVELS`."""
+    size: int
+    """Ranks of a group."""
+    stride: int
+    """Distance between neighbouring ranks of a group."""
+
+    def place(self, rank: int) -> int:
+        """A rank's index in its group."""
+        return rank // self.stride % self.size
+
+
 class ZeroLayout(NamedTuple):
     """Degrees p | g | o | world_size."""
 
@@ -52,6 +72,8 @@ class ZeroLayout(NamedTuple):
     parameters: int
     gradients: int
     optimizer: int
+    ranks_per_node: int = 0
+    """Consecutive ranks that share a node; 0: all of them."""
 
     @property
     def sizes(self) -> tuple[int, int, int, int]:
@@ -72,19 +94,72 @@ class ZeroLayout(NamedTuple):
         a, b, c, d = found
         return a, b, c, d
 
-    def groups(self, level: int) -> list[list[int]]:
+    @property
+    def levels(self) -> tuple[Level, ...]:
+        """The levels of more than one rank, the fastest first, those that span nodes cut at the node's boundary."""
+        found: list[Level] = []
+        stride = 1
+        for kind, size in enumerate(self.sizes):
+            inside = 1
+            if kind != REPLICAS and self.ranks_per_node % stride == 0:
+                inside = gcd(size, self.ranks_per_node // stride)
+            for part in (inside, size // inside):
+                if part > 1:
+                    found.append(Level(kind, part, stride))
+                stride *= part
+        return tuple(found)
+
+    def spans_nodes(self, level: Level) -> bool:
+        """Whether a group of the level has ranks on several nodes."""
+        node = self.ranks_per_node or self.world_size
+        return any(group[0] // node != group[-1] // node for group in self.groups(level))
+
+    def groups(self, level: Level) -> list[list[int]]:
         """Every group of ranks along a level, each in order of their index along it."""
-        stride = prod(self.sizes[:level])
-        size = self.sizes[level]
-        starts = (r for r in range(self.world_size) if (r // stride) % size == 0)
-        return [[start + i * stride for i in range(size)] for start in starts]
+        starts = (rank for rank in range(self.world_size) if level.place(rank) == 0)
+        return [[start + i * level.stride for i in range(level.size)] for start in starts]
 
     def spans(self, rank: int, padded: int) -> tuple[Span, Span, Span]:
         """A rank's parameter, gradient and optimizer shard of a bucket of `padded` elements."""
-        a, b, c, _ = self.coordinates(rank)
-        parameters = Span(0, padded).part(a, self.sizes[0])
-        gradients = parameters.part(b, self.sizes[1])
-        return parameters, gradients, gradients.part(c, self.sizes[2])
+        found, span = [], Span(0, padded)
+        for kind in (PARAMETERS, GRADIENTS, OPTIMIZER):
+            for level in self.levels:
+                if level.kind == kind:
+                    span = span.part(level.place(rank), level.size)
+            found.append(span)
+        parameters, gradients, optimizer = found
+        return parameters, gradients, optimizer
+
+
+class GradientBuffers(NamedTuple):
+    """Where a bucket's gradients are between the backward pass and `master_grad`, in elements on one rank."""
+
+    whole: bool
+    """Micro-batches are added up before anything is reduced; otherwise after the reduce-scatter inside g."""
+    in_place: bool
+    """They are added up in `master_grad` itself, which has the same elements."""
+    accumulated: int
+    """fp32, kept from step to step; 0 where `in_place`, or where there is one micro-batch a step."""
+    incoming: int
+    """A micro-batch's gradient on its way into the reduction, in the type that is reduced.  At most two buckets
+    have one at a time."""
+
+
+def gradient_buffers(
+    layout: ZeroLayout,
+    padded: int,
+    *,
+    accumulation: Literal["shards", "full"],
+    offload: bool,
+    micro_batches: int,
+) -> GradientBuffers:
+    """The buffers of a bucket of `padded` elements in steps of `micro_batches`."""
+    whole = accumulation == "full" or layout.gradients == 1
+    elements = padded if whole else padded // layout.gradients
+    in_place = not offload and elements == padded // layout.optimizer
+    kept = 0 if in_place or micro_batches == 1 else elements
+    passing = 0 if whole and (in_place or micro_batches > 1) else padded
+    return GradientBuffers(whole, in_place, kept, passing)
 
 
 class Entry(NamedTuple):
