@@ -19,6 +19,7 @@ class Sample(StrEnum):
     line = "line"
     json = "json"
     jsonl = "jsonl"
+    parquet = "parquet"
 
 
 @sentences
@@ -29,15 +30,22 @@ def tokenize(
     sample: Annotated[
         Sample, typer.Option(help="What a sample is; auto: by the file's ending.")
     ] = Sample.auto,
-    text_field: Annotated[str, typer.Option(help="Field of a JSON record that holds the text.")] = "text",
+    text_field: Annotated[
+        str, typer.Option(help="Field or column of a record that holds the text.")
+    ] = "text",
     raw: Annotated[
-        bool, typer.Option(help="Tokenize a record's raw JSON text, as InternLM's tool does.")
+        bool, typer.Option("--raw", help="Tokenize a record's raw JSON text, as InternLM's tool does.")
     ] = False,
+    eos: Annotated[bool, typer.Option("--eos", help="End each sample with </s>.")] = False,
+    workers: Annotated[int, typer.Option(min=0, help="Processes; 0: one a core.")] = 0,
 ) -> None:
-    """Turn text into InternLM's .bin and .bin.meta files."""
+    """Turn text into InternLM's .bin and .bin.meta files.
+
+    Run it again after an interruption: it goes on where it was.
+    """
     from internlm_trainer import machine
     from internlm_trainer.data.progress import shown_progress
-    from internlm_trainer.data.tokenize import tokenize_files
+    from internlm_trainer.data.tokenize import Settings, tokenize_files
     from internlm_trainer.data.tokenizer import load_tokenizer
 
     logging.basicConfig(level=logging.INFO, format="%(message)s")
@@ -46,11 +54,10 @@ def tokenize(
             inputs,
             load_tokenizer(tokenizer, "--tokenizer"),
             output,
-            text_field=text_field,
-            sample=sample.value,
-            raw=raw,
+            Settings(sample.value, text_field, raw, eos),
             progress=progress,
-            threads=machine.cores(),
+            workers=workers or machine.cores(),
         )
     for file in made:
-        typer.echo(f"{file.url}: {file.samples:,} samples, {file.tokens:,} tokens")
+        note = "" if file.made else " (was there already)"
+        typer.echo(f"{file.url}: {file.samples:,} samples, {file.tokens:,} tokens{note}")

@@ -14,8 +14,8 @@ from typing import Any, Literal
 from internlm_trainer.errors import UserError
 from internlm_trainer.storage import glob_regex, open_fs, user_errors
 
-SampleKind = Literal["file", "line", "json", "jsonl"]
-"""A sample is a whole file, a line, a record of a JSON list, or a line of JSON."""
+SampleKind = Literal["file", "line", "json", "jsonl", "parquet"]
+"""A sample is a whole file, a line, a record of a JSON list, a line of JSON, or a row of a Parquet file."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ def find_files(
                 raise UserError(
                     f"{where}: {url} matches only folders; add /** or a file pattern such as /*.txt"
                 )
-        root = _fixed_part(path)
+        root = fixed_part(path)
         for name, info in files.items():
             short = name.removeprefix(root).lstrip("/")
             found.setdefault(name, TextFile(fs, name, short, int(info["size"])))
@@ -90,7 +90,7 @@ def find_files(
     return sorted(kept, key=lambda file: (file.name, file.path))
 
 
-def _fixed_part(path: str) -> str:
+def fixed_part(path: str) -> str:
     """The folders of a pattern before the first one with a wildcard."""
     parts = path.split("/")
     fixed = next((i for i, part in enumerate(parts) if re.search(r"[*?\[]", part)), len(parts) - 1)
@@ -107,25 +107,30 @@ class NotTextError(UserError):
 
 
 def samples_of(
-    content: Iterable[bytes], kind: SampleKind, name: str, text_field: str = "text", raw: bool = False
+    content: Iterable[bytes],
+    kind: SampleKind,
+    name: str,
+    text_field: str = "text",
+    raw: bool = False,
+    first_line: int = 1,
 ) -> Iterator[str]:
-    """The texts of a file's samples.
+    """The texts of the samples of a text file, or of its lines from number `first_line` on.
 
-    content: the file's lines, each with its newline; an open binary file is such.  name: how errors call it.
+    content: the lines, each with its newline; an open binary file is such.  name: how errors call it.
 
     A line is stripped, and blank ones are no samples.  Of a JSON record the field `text_field` is taken;
     `raw` takes its JSON text instead, as InternLM's tokenizing tool does (a jsonl line then keeps its
     newline).  Raises NotTextError if it is not UTF-8 and UserError, with the line, if it is no such JSON.
     """
-    if kind in ("file", "json"):
+    if kind == "json":
+        yield from json_samples(b"".join(content), name, text_field, raw)
+        return
+    if kind == "file":
         # Newlines stay what they are in a file that is one sample.
-        text = "".join(text for _, text in _decoded(content, name))
-        if kind == "json":
-            yield from _json_samples(text, name, text_field, raw)
-        elif text:
+        if text := "".join(text for _, text in _decoded(content, name)):
             yield text
         return
-    for number, line in _lines(content, name):
+    for number, line in _lines(content, name, first_line):
         if kind == "line":
             if stripped := line.strip():
                 yield stripped
@@ -140,8 +145,8 @@ def samples_of(
             yield _text_of(record, place, text_field)
 
 
-def _decoded(content: Iterable[bytes], name: str) -> Iterator[tuple[int, str]]:
-    for number, line in enumerate(content, start=1):
+def _decoded(content: Iterable[bytes], name: str, first_line: int = 1) -> Iterator[tuple[int, str]]:
+    for number, line in enumerate(content, start=first_line):
         try:
             yield number, line.decode("utf-8")
         except UnicodeDecodeError as error:
@@ -150,18 +155,20 @@ def _decoded(content: Iterable[bytes], name: str) -> Iterator[tuple[int, str]]:
             ) from error
 
 
-def _lines(content: Iterable[bytes], name: str) -> Iterator[tuple[int, str]]:
+def _lines(content: Iterable[bytes], name: str, first_line: int) -> Iterator[tuple[int, str]]:
     """Lines as Python reads a text file: `\\r\\n` and a single `\\r` end a line like `\\n`."""
-    for number, line in _decoded(content, name):
+    for number, line in _decoded(content, name, first_line):
         if "\r" not in line:
             yield number, line
         else:
             yield from ((number, part) for part in io.StringIO(line, newline=None))
 
 
-def _json_samples(content: str, name: str, text_field: str, raw: bool) -> Iterator[str]:
+def json_samples(content: bytes, name: str, text_field: str = "text", raw: bool = False) -> Iterator[str]:
+    """The texts of a file that is a JSON list of records; as `samples_of` otherwise."""
+    text = "".join(text for _, text in _decoded(io.BytesIO(content), name))
     try:
-        records = json.loads(content)
+        records = json.loads(text)
     except ValueError as error:
         raise UserError(
             f"{name}: not JSON ({error}); a file of one record a line must be named .jsonl"

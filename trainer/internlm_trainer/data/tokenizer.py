@@ -11,8 +11,10 @@ import io
 import re
 from collections.abc import Iterable, Iterator, Sequence
 
+import numpy as np
 import sentencepiece
 import xxhash
+from numpy.typing import NDArray
 
 from internlm_trainer.errors import UserError
 from internlm_trainer.storage import open_fs, user_errors
@@ -81,6 +83,18 @@ class Tokenizer:
         for index, text in enumerate(texts):
             if exact and _SPACE_MARK in text:
                 encoded[index] = self.encode(text)
+        return encoded
+
+    def encode_arrays(
+        self, texts: Sequence[str], threads: int = 1, *, exact: bool = True
+    ) -> list[NDArray[np.int32]]:
+        """`encode_many` as arrays, without a Python object for each id."""
+        encoded: list[NDArray[np.int32]] = self._model.encode(
+            list(texts), num_threads=threads, return_type="numpy"
+        )
+        for index, text in enumerate(texts):
+            if exact and _SPACE_MARK in text:
+                encoded[index] = np.array(self.encode(text), dtype=np.int32)
         return encoded
 
     def decode(self, ids: Sequence[int]) -> str:
