@@ -110,9 +110,8 @@ def rows(megatokens: float) -> None:
 
             seconds, cpu = timed(work)
             done = steps * taken * row_tokens
-            print(
-                f"rows of {row_tokens}: {done / seconds / 1e6:.2f} M tokens/s, {done / cpu / 1e6:.2f} M tokens a CPU second"
-            )
+            rate, per_cpu = done / seconds / 1e6, done / cpu / 1e6
+            print(f"rows of {row_tokens}: {rate:.2f} M tokens/s, {per_cpu:.2f} M tokens a CPU second")
             loader.close()
 
 

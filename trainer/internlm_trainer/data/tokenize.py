@@ -251,7 +251,7 @@ def _encoder(
             (tokenizer.model, tokenizer.name, settings),
         )
     )
-    stack.callback(pool.shutdown, wait=False, cancel_futures=True)
+    stack.callback(pool.shutdown, cancel_futures=True)
     return lambda chunk: pool.submit(_encode, chunk)
 
 
