@@ -138,6 +138,8 @@ class Progress(StatusPart):
     """Optimizer steps of the whole job."""
     tokens: int = 0
     """Tokens trained on."""
+    skipped_steps: int = 0
+    """Steps whose update was left out, as their loss or gradient norm was a spike or no number."""
     loss: float | None = None
     """Training loss of the last reported step, in nats a token."""
     validation_loss: float | None = None

@@ -18,7 +18,8 @@ from internlm_operator.times import parse_time
 Pod = dict[str, Any]
 
 CONTAINER = "trainer"
-USER_ERROR = "UserError"
+# What a restart would only meet again: a mistake in the job, and training that goes wrong on the same data.
+FINAL = frozenset({"UserError", "Diverged"})
 OUT_OF_MEMORY = "OutOfMemory"
 MAX_MESSAGE = 1024
 
@@ -155,7 +156,7 @@ def lost(name: str, index: int) -> Failure:
 def root_cause(failures: Iterable[Failure]) -> Failure | None:
     """The failure that the others follow from; None if there is none.
 
-    A user's mistake comes first, since a restart would meet it again.  Then whoever failed of itself,
+    What a restart would meet again comes first.  Then whoever failed of itself,
     earliest first; a worker that only lost its peer is the cause only if nobody else is.
     """
     return min(failures, key=_blame, default=None)
@@ -163,7 +164,7 @@ def root_cause(failures: Iterable[Failure]) -> Failure | None:
 
 def _blame(failure: Failure) -> tuple[bool, bool, float, int]:
     when = failure.time.timestamp() if failure.time else float("inf")
-    return failure.reason != USER_ERROR, failure.peer_lost, when, failure.index
+    return failure.reason not in FINAL, failure.peer_lost, when, failure.index
 
 
 def _ended_container(pod: Pod, terminated: dict[str, Any]) -> Failure:
@@ -172,8 +173,8 @@ def _ended_container(pod: Pod, terminated: dict[str, Any]) -> Failure:
     time = parse_time(terminated.get("finishedAt"))
     word = termination(pod)
     outside = _disruption(pod)
-    if word is not None and word.reason == USER_ERROR:
-        return _failure(pod, USER_ERROR, word.message, code, None, time)
+    if word is not None and word.reason in FINAL:
+        return _failure(pod, word.reason, word.message, code, None, time)
     if outside is not None:
         return _failure(pod, *outside, code, signal, time)
     if terminated.get("reason") == "OOMKilled":

@@ -15,7 +15,7 @@ Conditions and their reasons:
 | Restarting | the failure's reason (Error, Evicted, PodLost...) | NotRestarting                               |
 | Suspended  | SuspendRequested                      | Suspending, NotSuspended                                |
 | Succeeded  | Completed                             | NotFinished, Failed                                     |
-| Failed     | InvalidSpec, InvalidTemplate, UserError, OutOfMemory, RestartLimitExceeded | NotFinished, Completed          |
+| Failed     | InvalidSpec, InvalidTemplate, UserError, Diverged, OutOfMemory, RestartLimitExceeded | NotFinished, Completed          |
 """  # noqa: E501
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ def _would_fail_again(draft: Draft, failure: Failure) -> bool:
     if failure.reason == failures.OUT_OF_MEMORY:
         attempt = draft.status.attempts[-1]
         return (attempt.end_step or 0) - (attempt.start_step or 0) < STEPS_THAT_FIT
-    return failure.reason == failures.USER_ERROR
+    return failure.reason in failures.FINAL
 
 
 # What is known of the training itself

@@ -50,6 +50,8 @@ class Report(Message):
     """Optimizer steps of the whole job."""
     tokens: _Count = 0
     """Tokens trained on."""
+    skipped_steps: _Count = 0
+    """Steps whose update was left out, as their loss or gradient norm was a spike or no number."""
     loss: FiniteFloat | None = None
     """Training loss of the last step, in nats a token."""
     validation_loss: FiniteFloat | None = None

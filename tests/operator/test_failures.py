@@ -52,7 +52,10 @@ def disruption(reason: str) -> dict[str, Any]:
     ("found", "reason", "said"),
     [
         (pod(terminated=ended(text=message("UserError", "no bucket"))), "UserError", "no bucket"),
-        (pod(terminated=ended(text=message("Error", "loss is NaN"))), "Error", "loss is NaN"),
+        (pod(terminated=ended(text=message("Error", "full disk"))), "Error", "full disk"),
+        (pod(terminated=ended(text=message("Diverged", "loss is NaN"))), "Diverged", "loss is NaN"),
+        (pod(terminated=ended(1, message("Diverged", "loss is NaN")), **disruption("EvictionByEvictionAPI")),
+         "Diverged", "loss is NaN"),
         (pod(terminated=ended(text=message("Stopped", "saved", 7))), "Stopped", "saved"),
         (pod(terminated=ended(137, reason="OOMKilled")), "OOMKilled", "more memory than its limit"),
         (pod(terminated=ended(139)), "Killed", "signal 11"),
@@ -123,6 +126,7 @@ def at(second: int, reason: str = "Error", text: str = "its own mistake", index:
         ([], None),
         ([at(5), at(3)], at(3)),
         ([at(3), at(9, "UserError")], at(9, "UserError")),
+        ([at(3, text="Connection closed by peer"), at(9, "Diverged")], at(9, "Diverged")),
         ([at(3, text="Connection closed by peer"), at(5)], at(5)),
         ([at(3, text="NCCL error: remote process exited or there was a network error"), at(5)], at(5)),
         ([at(3, text="Connection closed by peer"), at(4, text="Broken pipe")],
@@ -134,7 +138,7 @@ def at(second: int, reason: str = "Error", text: str = "its own mistake", index:
          at(3, "PodDeleted", "deleted")),
     ],
 )  # fmt: skip
-def test_the_root_cause_is_a_users_mistake_or_the_first_that_failed_by_itself(
+def test_the_root_cause_is_what_a_restart_would_meet_again_or_the_first_that_failed_by_itself(
     failures: list[Failure], cause: Failure | None
 ) -> None:
     assert root_cause(failures) == cause

@@ -27,6 +27,7 @@ def test_a_report_becomes_progress_and_checkpoint() -> None:
         "step": 120,
         "totalSteps": 400,
         "tokens": 491520,
+        "skippedSteps": 0,
         "loss": 3.0,
         **speed,
         "etaSeconds": 95,

@@ -123,16 +123,17 @@ def test_a_pod_whose_node_is_gone_is_not_waited_for_forever() -> None:
     assert world.attempt_of(1) == "2"
 
 
-def test_a_users_mistake_fails_the_job_at_once_in_the_trainers_words() -> None:
+@pytest.mark.parametrize("reason", ["UserError", "Diverged"])
+def test_what_a_restart_would_meet_again_fails_the_job_at_once_in_the_trainers_words(reason: str) -> None:
     world = World()
     world.start()
     sentence = "data.train[0].path: s3://b/train holds no .bin file; point it at a tokenized folder"
-    world.end(1, 1, message("UserError", sentence))
+    world.end(1, 1, message(reason, sentence))
     world.settle()
     assert world.phase == "Failed"
-    assert world.condition("Failed")["reason"] == "UserError"
+    assert world.condition("Failed")["reason"] == reason
     assert world.condition("Failed")["message"] == sentence
-    assert Event("Warning", "UserError", sentence) in world.events
+    assert Event("Warning", reason, sentence) in world.events
     assert world.status["restarts"] == 0
     assert world.status["lastFailure"]["pod"] == "job-worker-1"
 

@@ -19,7 +19,7 @@ from internlm_operator.plan import Observed
 from internlm_operator.reconcile import reconcile
 from internlm_operator.times import parse_time
 
-REASONS = ("Error", "UserError", "Stopped")
+REASONS = ("Error", "UserError", "Diverged", "Stopped")
 TERMINAL = ("Succeeded", "Failed")
 
 

@@ -11,3 +11,7 @@ class UserError(ValueError):
 
 class StepFailed(RuntimeError):  # noqa: N818
     """Training cannot go on from here."""
+
+
+class Diverged(StepFailed):
+    """Training has left the path that it could come back to; from the same checkpoint it would do so again."""

@@ -105,7 +105,7 @@ def exit_code(code: int, reason: str | None, *, asked: bool) -> int:
         return 0
     if reason == "UserError":
         return EXIT_USER_ERROR
-    if asked and reason != "Error":
+    if asked and reason not in ("Error", "Diverged"):
         return EXIT_INTERRUPTED
     return code
 

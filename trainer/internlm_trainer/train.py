@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager, ExitStack
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
@@ -26,6 +27,7 @@ from internlm_trainer.kernels import attention
 from internlm_trainer.kernels.attention import Documents
 from internlm_trainer.model.internlm import InternLM, decays, initialise, parameter_count, parameter_generator
 from internlm_trainer.optim.adamw import MasterAdamW
+from internlm_trainer.optim.guard import SkipGuard
 from internlm_trainer.optim.schedule import learning_rate
 from internlm_trainer.parallel.hybrid_zero import HybridZero
 from internlm_trainer.parallel.layout import ZeroLayout
@@ -115,6 +117,7 @@ class Trainer:
             decays=decays,
         )
         self.optimizer = MasterAdamW(self.zero, training.optimizer)
+        self.guard = SkipGuard(training.skip, world.device)
         self.step = self.start_step = self.tokens = 0
         self.stopwatch, self.heartbeat = Stopwatch(world.device), Heartbeat(world.rank)
         if checkpoint:
@@ -161,12 +164,15 @@ class Trainer:
         with self.section("optimizer", on_device=True):
             norm = self.zero.clip(training.optimizer.clip_grad_norm)
             lr = learning_rate(training, self.step, self.total_steps)
-            self.optimizer.step(lr)
+            self.step += 1
+            # Replicas may add up the norm in another order: what is judged is the same everywhere, to the bit.
+            common = torch.stack((total, norm / world.size))
+            dist.all_reduce(common)
+            self.optimizer.step(lr, self.guard.judge(self.step, *common.unbind()))
             self.zero.publish()
-        self.step += 1
         self.tokens += self.row_tokens * micro_batches
         last = stop or self.step == self.total_steps
-        return StepResult(self.step, total, norm, lr, last, rows, row_losses)
+        return StepResult(self.step, common[0], norm, lr, last, rows, row_losses)
 
     def section(self, name: str, *, on_device: bool = False) -> AbstractContextManager[None]:
         """A part of the loop, whose time is told under this name."""
@@ -192,7 +198,7 @@ class Trainer:
 
     def state_dict(self) -> dict[str, Any]:
         """The loop's own state, as JSON; `_restore` reads it."""
-        return {"tokens": self.tokens, "loader": self.loader.state_dict()}
+        return {"tokens": self.tokens, "loader": self.loader.state_dict(), "guard": self.guard.state_dict()}
 
     def _restore(self, checkpoint: Checkpoint) -> None:
         """Continue from a checkpoint of this or any other layout."""
@@ -217,7 +223,14 @@ class Trainer:
                 "already: ask for more steps, or give another checkpoint.path"
             )
         self.loader.load_state_dict(checkpoint.state["loader"])
-        self.optimizer.set_step(self.step)
+        if guard := checkpoint.state.get("guard"):
+            self.guard.load_state_dict(guard)
+        self.optimizer.set_step(self.step - self.guard.read().skipped)
+        if name := self.optimizer.bad_parameter():
+            raise UserError(
+                f"{checkpoint.committed.uri}: {name} holds numbers that are infinite or none; remove that "
+                "checkpoint, so that the job goes on from the one before"
+            )
         self.zero.publish()
 
     def close(self) -> None:

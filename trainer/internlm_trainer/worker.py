@@ -15,7 +15,7 @@ from pathlib import Path
 
 from internlm_operator.api import Job, JobError, JobSpec, load_manifests, parse_job, parse_spec
 from internlm_trainer.checkpoint import StorageUnavailable
-from internlm_trainer.errors import StepFailed, UserError
+from internlm_trainer.errors import Diverged, StepFailed, UserError
 from internlm_trainer.processes import Processes, SiblingDied, Stopped
 from internlm_trainer.storage import StorageUnreachableError
 from internlm_trainer.telemetry.diagnostics import (
@@ -72,7 +72,7 @@ def _train(rank: int) -> int:
         try:
             step = train(job.name, spec, world, int(os.environ.get("INTERNLM_ATTEMPT", "1")))
         except StepFailed as error:
-            return _end("Error", str(error), 1)
+            return _end("Diverged" if isinstance(error, Diverged) else "Error", str(error), 1)
         world.close()
     except (StorageUnreachableError, StorageUnavailable) as error:
         return _end("Error", str(error), 1)

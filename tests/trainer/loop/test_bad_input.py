@@ -145,7 +145,9 @@ def test_all_processes_end_with_the_sentence_that_one_of_them_prints(tiny: Make,
     assert "torch/distributed" not in run.log
 
 
-def test_a_loss_that_is_no_number_ends_the_job_and_leaves_the_last_checkpoint_as_it_was(tiny: Make) -> None:
+def test_weights_that_became_infinite_end_the_job_and_leaves_the_last_checkpoint_as_it_was(
+    tiny: Make,
+) -> None:
     # Without a floor under the second moment, words that stop occurring get an infinite step.
     optimizer = {"lr": 1.0, "betas": [0.9, 0.0], "eps": 1e-44, "clipGradNorm": 0.0}
     job = tiny(processes=1, zero=(1, 1, 1))
@@ -158,7 +160,8 @@ def test_a_loss_that_is_no_number_ends_the_job_and_leaves_the_last_checkpoint_as
     job.checkpoint = {"everySteps": 1000}
     run = job.alone()
     assert run.end() == 1, run.log
-    assert run.message["reason"] == "Error"
+    assert run.message["reason"] == "Diverged"
+    assert re.search(r"after step \d+, [a-z.]+ holds numbers that are infinite", run.message["message"])
     assert "lower training.optimizer.lr" in run.message["message"]
     assert "the last checkpoint is untouched" in run.message["message"]
     assert "Traceback" not in run.log

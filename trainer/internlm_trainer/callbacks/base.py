@@ -19,7 +19,7 @@ class StepResult(NamedTuple):
     step: int
     """Its number; 1 is the first, and the last one is `Trainer.total_steps`."""
     loss: Tensor
-    """This rank's part of the mean loss, in nats a token: the sum over the ranks is the loss.  0-dim, on the device."""
+    """Mean loss of the step over all ranks, in nats a token.  0-dim, on the device, the same on all ranks."""
     grad_norm: Tensor
     """Global gradient norm before clipping.  0-dim, on the device, the same on all ranks."""
     lr: float

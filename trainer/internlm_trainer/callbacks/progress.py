@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+import torch
+
 from internlm_trainer import config
 from internlm_trainer.callbacks.base import Callback, StepResult
 from internlm_trainer.data.packing import Row
-from internlm_trainer.errors import StepFailed
+from internlm_trainer.errors import Diverged
 from internlm_trainer.machine import card
+from internlm_trainer.optim.guard import Counts
 from internlm_trainer.telemetry.flops import causal_flops, full_flops, peak_flops
 from internlm_trainer.telemetry.memory import peaks
 from internlm_trainer.telemetry.tally import Sums, Tally, source_names
@@ -40,14 +42,16 @@ class Progress(Callback):
             self._tally.add(row, row_loss)
         if result.step % trainer.spec.training.log_every_steps and not trainer.saves(result):
             return
-        # A number that is none ends the job before it can reach a checkpoint.
-        loss, norm, sums = self._tally.reduce(result.loss, result.grad_norm)
-        if not (math.isfinite(loss) and math.isfinite(norm)):
-            raise StepFailed(
-                f"loss {loss} and gradient norm {norm} at step {result.step}: lower training.optimizer.lr or "
-                "lengthen training.schedule.warmupSteps; the last checkpoint is untouched"
-            )
+        course = torch.stack((result.loss, result.grad_norm))
+        # One transfer from the device; steps and counts are far below 2^53.
+        common, sums = self._tally.reduce(torch.cat((course.double(), trainer.guard.counts.double())))
+        loss, norm, *counted = common
+        counts = Counts(*map(int, counted))
+        if counts.in_a_row:
+            self._check_course(result.step, loss, norm, counts)
+        trainer.telemetry.skipped(counts.skipped, counts.last)
         values: dict[str, float] = {"step": result.step, "loss": loss, "grad_norm": norm, "lr": result.lr}
+        values["inf_nan_skip_batches"] = counts.skipped
         trainer.telemetry.measured(values | self._speed(sums) | self._batch(result.rows) | self._losses(sums))
 
     def _speed(self, sums: Sums) -> dict[str, float]:
@@ -92,6 +96,25 @@ class Progress(Callback):
 
     def _now(self) -> tuple[float, int, int]:
         return time.monotonic(), self.trainer.tokens, self.trainer.step
+
+    def _check_course(self, step: int, loss: float, norm: float, counts: Counts) -> None:
+        """End the job before what cannot get better reaches a checkpoint."""
+        trainer = self.trainer
+        bad = [name for name in trainer.world.gather(trainer.optimizer.bad_parameter()) if name]
+        limit = trainer.spec.training.skip.max_in_a_row
+        if bad:
+            found = f"after step {step}, {bad[0]} holds numbers that are infinite or none"
+        elif counts.in_a_row >= limit:
+            found = (
+                f"the last {counts.in_a_row} steps up to {step} were skipped, which reaches "
+                f"training.skip.maxInARow ({limit}): their loss or gradient norm was a spike or no number"
+            )
+        else:
+            return
+        raise Diverged(
+            f"{found} (loss {loss:.4g}, gradient norm {norm:.4g}): lower training.optimizer.lr, lengthen "
+            "training.schedule.warmupSteps, or look at the data of these steps; the last checkpoint is untouched"
+        )
 
     def close(self) -> None:
         self.trainer.telemetry.close()

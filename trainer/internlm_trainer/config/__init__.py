@@ -15,7 +15,7 @@ from internlm_trainer.config.data import DataSpec, PrepareSpec, SourceSpec
 from internlm_trainer.config.model import ModelShape, ModelSpec, model_shape
 from internlm_trainer.config.parallel import ParallelSpec, ZeroSpec
 from internlm_trainer.config.telemetry import METRICS_PORT, TelemetrySpec
-from internlm_trainer.config.training import OptimizerSpec, ScheduleSpec, TrainingSpec
+from internlm_trainer.config.training import OptimizerSpec, ScheduleSpec, SkipSpec, TrainingSpec
 
 __all__ = [
     "METRICS_PORT",
@@ -27,6 +27,7 @@ __all__ = [
     "ParallelSpec",
     "PrepareSpec",
     "ScheduleSpec",
+    "SkipSpec",
     "SourceSpec",
     "Spec",
     "TelemetrySpec",

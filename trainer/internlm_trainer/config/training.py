@@ -40,6 +40,19 @@ class ScheduleSpec(Spec):
     """Learning rate at the last step of the cosine."""
 
 
+class SkipSpec(Spec):
+    """Steps whose update is left out, on all ranks alike: those whose loss or gradient norm is no finite number,
+    and spikes of either. Their data counts as used, and they are counted and reported."""
+
+    window: Annotated[int, Field(ge=8, le=8192)] = 128
+    """Steps that a step is compared with; before there are that many, nothing is a spike."""
+    spike_threshold: Annotated[int, Field(ge=0, le=1000)] = 6
+    """How far above the window's median a loss or gradient norm may be, in standard deviations estimated from the
+    median absolute deviation; 0: any finite number is good."""
+    max_in_a_row: Annotated[int, Field(ge=1, le=100000)] = 10
+    """Skipped steps in a row after which the job ends, with the reason Diverged."""
+
+
 class TrainingSpec(Spec):
     """How long, in which batches and with which optimizer the model is trained."""
 
@@ -61,6 +74,8 @@ class TrainingSpec(Spec):
     """The optimizer and its settings."""
     schedule: ScheduleSpec = ScheduleSpec()
     """The learning rate's schedule."""
+    skip: SkipSpec = SkipSpec()
+    """Which steps' updates are left out."""
     seed: Annotated[int, Field(ge=0, le=2**31 - 1)] = 1024
     """Seed of initialisation and shuffling."""
     validate_every_steps: Annotated[int, Field(ge=0, le=2**31 - 1)] = 0

@@ -60,16 +60,28 @@ class MasterAdamW:
                 **{kind: buffers[index][part] for kind, buffers in self.moments.items()},
             }
 
-    def step(self, lr: float) -> None:
-        """One update; needs `zero.clip` before and `zero.publish` after."""
+    def step(self, lr: float, skip: Tensor | None = None) -> None:
+        """One update; needs `zero.clip` before and `zero.publish` after.
+
+        skip: 0-dim bool on the device; where it is true, nothing changes, whatever the gradients are.
+        """
         for group in self.optimizer.param_groups:
             group["lr"] = lr
+        # The fused kernel's own way to leave an update out, made for gradient scaling; nothing waits for the value.
+        self.optimizer.found_inf = None if skip is None else skip.float()  # type: ignore[attr-defined]
         self.optimizer.step()
 
     def set_step(self, step: int) -> None:
         """Updates done so far, for Adam's bias correction."""
         for state in self.optimizer.state.values():
             state["step"].fill_(step)
+
+    def bad_parameter(self) -> str | None:
+        """A parameter of which this rank holds an element that is no finite number; waits for the device."""
+        for piece in self.pieces():
+            if piece.kind == "master" and not piece.values.isfinite().all():
+                return piece.parameter
+        return None
 
     def pieces(self) -> Iterator[StatePiece]:
         """Every state that this rank holds; replicas hold the same ones."""

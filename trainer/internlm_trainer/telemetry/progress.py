@@ -70,6 +70,7 @@ class Telemetry:
             "startStep": start_step,
             "step": start_step,
             "totalSteps": total_steps,
+            "skippedSteps": 0,
         }
         self._reporter, self._sinks = reporter, sinks
         self._live: Progress | None = None
@@ -118,6 +119,17 @@ class Telemetry:
             text += f"  grad norm {values['grad_norm']:.2f}  lr {values['lr']:.2e}"
             eta_text = "" if eta is None else f"  ETA {_duration(eta)}"
             log.info("%s%s%s", text, eta_text, self._saved(), extra={"fields": _rounded(values)})
+
+    def skipped(self, total: int, last: int) -> None:
+        """Updates left out so far, of which step `last`'s is the newest; for the next `measured`."""
+        if total > self._report["skippedSteps"] and last > self._report["startStep"]:
+            log.warning(
+                "step %d: the update was skipped, as its loss or gradient norm is a spike or no number; %d so far",
+                last,
+                total,
+                extra={"fields": {"step": last, "inf_nan_skip_batches": total}},
+            )
+        self._report["skippedSteps"] = total
 
     def validated(self, step: int, values: Values) -> None:
         """An evaluation on held-out data is done."""
@@ -183,6 +195,7 @@ class Silence:
     def begin(self) -> None: ...
     def step(self, step: int) -> None: ...
     def measured(self, values: Values) -> None: ...
+    def skipped(self, total: int, last: int) -> None: ...
     def validated(self, step: int, values: Values) -> None: ...
     def saved(self, committed: CommittedCheckpoint, seconds: float | None = None) -> None: ...
     def close(self) -> None: ...

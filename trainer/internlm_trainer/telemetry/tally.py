@@ -36,21 +36,21 @@ class Tally:
         self._labels[row.source] += int((row.labels != IGNORED).sum())
         self._pairs += causal_pairs(row.cu_seqlens)
 
-    def reduce(self, part: Tensor, common: Tensor) -> tuple[float, float, Sums]:
-        """(sum of `part` over the ranks, `common`, tallies of all ranks), by one reduction; starts anew.
+    def reduce(self, common: Tensor) -> tuple[list[float], Sums]:
+        """(`common`, tallies of all ranks), by one reduction and one transfer; starts anew.
 
-        `part` and `common` are 0-dim on the device; `common` is the same on all ranks.  Waits for the device.
-        Every rank calls it.
+        `common` is 1-dim on the device and the same on all ranks.  Waits for the device.  Every rank calls it.
         """
         counts = torch.tensor([*self._labels, self._pairs], dtype=torch.float64, device=self._losses.device)
-        sums = torch.cat((part.double().reshape(1), self._losses, counts))
+        sums = torch.cat((self._losses, counts))
         dist.all_reduce(sums)
-        total, *numbers, pairs, shared = torch.cat((sums, common.double().reshape(1))).tolist()
+        found = torch.cat((common.double(), sums)).tolist()
+        shared, (*numbers, pairs) = found[: len(common)], found[len(common) :]
         losses, labels = numbers[: len(self._labels)], numbers[len(self._labels) :]
         means = [loss / count if count else None for loss, count in zip(losses, labels, strict=True)]
         self._losses.zero_()
         self._labels, self._pairs = [0] * len(self._labels), 0
-        return total, shared, Sums(means, int(pairs))
+        return shared, Sums(means, int(pairs))
 
 
 def source_names(paths: Sequence[str]) -> list[str]:

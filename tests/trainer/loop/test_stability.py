@@ -1,0 +1,69 @@
+"""Training that meets spikes and numbers that are none: it skips, goes on, and ends where it cannot."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+from trainer.loop.conftest import Channel
+from trainer.loop.jobs import Running, TinyJob, steps, weights
+
+Make = Callable[..., TinyJob]
+# Small batches, and a threshold that ordinary steps reach.
+LAST = 80
+SPIKY = {
+    "steps": LAST,
+    "globalBatchTokens": 256,
+    "skip": {"window": 16, "spikeThreshold": 4, "maxInARow": 40},
+}
+
+
+def skips(run: Running) -> list[int]:
+    """The steps that a log says were skipped."""
+    return [int(step) for step in re.findall(r"step (\d+): the update was skipped", run.log)]
+
+
+def test_a_job_with_spikes_skips_them_and_ends_with_the_same_bits_though_it_is_killed(
+    tiny: Make, channel: Channel, tmp_path: Path
+) -> None:
+    whole = tiny(folder=tmp_path / "whole", training=SPIKY)
+    run = whole.torchrun(**channel.environment)
+    assert run.end() == 0, run.log
+    reported = channel.reports[-1]["skippedSteps"]
+    assert 2 <= reported < LAST / 2
+
+    job = tiny(training=SPIKY)
+    killed = job.torchrun()
+    killed.wait_for("step 45/")
+    os.kill(killed.workers()[1], signal.SIGKILL)
+    assert killed.end() != 0
+    resumed = steps(job.checkpoints)[-1]
+    # Something was skipped before and after, so that both counts and window mattered.
+    again = job.torchrun()
+    assert again.end() == 0, again.log
+    before, after = [step for step in skips(killed) if step <= resumed], skips(again)
+    assert before
+    assert after
+    assert min(after) > resumed
+    assert len(before) + len(after) == reported
+    assert weights(job.checkpoints, LAST) == weights(whole.checkpoints, LAST)
+
+
+def test_steps_that_are_skipped_without_end_end_the_job_before_its_next_checkpoint(tiny: Make) -> None:
+    job = tiny(processes=1, zero=(1, 1, 1), training={"steps": 4, "schedule": {}})
+    first = job.alone()
+    assert first.end() == 0, first.log
+    kept = {file: file.read_bytes() for file in job.checkpoints.rglob("*") if file.is_file()}
+    job.training = {"schedule": {}, "optimizer": {"lr": 1.0, "weightDecay": 0.0}, "logEverySteps": 5}
+    job.training["skip"] = {"window": 8, "spikeThreshold": 1, "maxInARow": 3}
+    job.checkpoint = {"everySteps": 1000}
+    run = job.alone()
+    assert run.end() == 1, run.log
+    assert run.message["reason"] == "Diverged"
+    assert re.search(r"the last \d+ steps up to \d+ were skipped", run.message["message"])
+    assert "training.skip.maxInARow (3)" in run.message["message"]
+    assert "Traceback" not in run.log
+    assert {file: file.read_bytes() for file in job.checkpoints.rglob("*") if file.is_file()} == kept

@@ -1,0 +1,115 @@
+"""Which updates are skipped: the guard's tensors against the same rules in plain numpy."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from internlm_trainer.config import SkipSpec
+from internlm_trainer.optim.guard import Counts, SkipGuard
+
+CPU = torch.device("cpu")
+NAN, INF = math.nan, math.inf
+Step = tuple[float, float]
+
+
+def spec(window: int = 8, threshold: int = 6) -> SkipSpec:
+    return SkipSpec.model_validate({"window": window, "spikeThreshold": threshold})
+
+
+def run(guard: SkipGuard, steps: list[Step], first: int = 1) -> list[bool]:
+    return [
+        bool(guard.judge(number, torch.tensor(loss), torch.tensor(norm)))
+        for number, (loss, norm) in enumerate(steps, first)
+    ]
+
+
+def reference(steps: list[Step], window: int, threshold: int) -> list[bool]:
+    """The rules in words: a list of the steps so far, looked at one by one."""
+    past: list[Step] = []
+    skips = []
+    for step in steps:
+        values = np.array(step, np.float32)
+        finite = bool(np.isfinite(values).all())
+        skip = not finite
+        if finite and threshold and len(past) >= window:
+            seen = np.array(past[-window:], np.float32)
+            median = np.sort(seen, 0)[(window - 1) // 2]
+            mad = np.sort(np.abs(seen - median), 0)[(window - 1) // 2]
+            deviation = np.maximum(np.float32(1.4826) * mad, np.float32(0.01) * np.abs(median))
+            with np.errstate(divide="ignore", invalid="ignore"):
+                skip = bool(((values - median) / deviation > threshold).any())
+        if finite:
+            past.append(step)
+        skips.append(skip)
+    return skips
+
+
+NUMBERS = st.one_of(
+    st.floats(1.0, 3.0, width=32), st.floats(0.0, 2.0**20, width=32), st.sampled_from([NAN, INF, -INF])
+)
+STEPS = st.lists(st.tuples(NUMBERS, NUMBERS), max_size=60)
+
+
+@settings(max_examples=60, deadline=None)
+@given(steps=STEPS, window=st.sampled_from([8, 9, 16]), threshold=st.sampled_from([0, 1, 6]))
+def test_the_guard_decides_as_the_rules_do(steps: list[Step], window: int, threshold: int) -> None:
+    guard = SkipGuard(spec(window, threshold), CPU)
+    expected = reference(steps, window, threshold)
+    assert run(guard, steps) == expected
+    in_a_row = next((n for n, skip in enumerate(reversed(expected)) if not skip), len(expected))
+    last = max((number for number, skip in enumerate(expected, 1) if skip), default=0)
+    assert guard.read() == Counts(sum(expected), in_a_row, last)
+
+
+@settings(max_examples=30, deadline=None)
+@given(steps=STEPS, at=st.integers(0, 60))
+def test_a_guard_restored_from_json_decides_as_the_one_that_was_never_interrupted(
+    steps: list[Step], at: int
+) -> None:
+    whole = SkipGuard(spec(), CPU)
+    expected = run(whole, steps)
+    before, after = SkipGuard(spec(), CPU), SkipGuard(spec(), CPU)
+    run(before, steps[:at])
+    after.load_state_dict(json.loads(json.dumps(before.state_dict(), allow_nan=False)))
+    assert run(after, steps[at:], at + 1) == expected[at:]
+    assert after.state_dict() == whole.state_dict()
+
+
+CALM: list[Step] = [(2.0 + 0.01 * (n % 5), 1.0 + 0.1 * (n % 3)) for n in range(8)]
+
+
+@pytest.mark.parametrize(
+    ("steps", "skips"),
+    [
+        ([(NAN, 1.0), (2.0, INF), (2.0, 1.0)], [True, True, False]),
+        ([(2.0, 1.0), (99.0, 99.0)], [False, False]),  # nothing is a spike before the window is full
+        ([*CALM, (99.0, 1.0), (2.0, 1.0)], [*[False] * 8, True, False]),
+        ([*CALM, *[(2.0, 99.0)] * 6], [*[False] * 8, *[True] * 5, False]),  # what lasts becomes normal
+        ([*CALM, (0.1, 0.001)], [False] * 9),  # less is no fault
+        ([*[(2.0, 1.0)] * 8, (2.1, 1.05), (2.2, 1.0)], [*[False] * 9, True]),  # 6% of what never varied
+    ],
+)
+def test_steps_and_what_becomes_of_them(steps: list[Step], skips: list[bool]) -> None:
+    assert run(SkipGuard(spec(), CPU), steps) == skips
+
+
+def test_with_another_window_the_counts_go_on_and_the_window_fills_anew() -> None:
+    before, after = SkipGuard(spec(8), CPU), SkipGuard(spec(9), CPU)
+    run(before, [*CALM, (99.0, 1.0)])
+    after.load_state_dict(before.state_dict())
+    assert after.read() == Counts(1, 1, 9)
+    assert run(after, [(99.0, 1.0)], 10) == [False]
+
+
+def test_what_mends_itself_is_skipped_and_counted_but_not_as_one_of_many_in_a_row() -> None:
+    guard = SkipGuard(spec(), CPU)
+    for number, expected in enumerate([True, False, True, False], 1):
+        assert guard.judge(number, torch.tensor(2.0), torch.tensor(INF), torch.tensor(expected))
+    assert guard.read() == Counts(4, 2, 4)
