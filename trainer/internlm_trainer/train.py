@@ -29,8 +29,10 @@ from internlm_trainer.model.internlm import InternLM, decays, initialise, parame
 from internlm_trainer.optim.adamw import MasterAdamW
 from internlm_trainer.optim.guard import SkipGuard
 from internlm_trainer.optim.schedule import learning_rate
+from internlm_trainer.parallel.compile import apply_compile
 from internlm_trainer.parallel.hybrid_zero import HybridZero
 from internlm_trainer.parallel.layout import ZeroLayout
+from internlm_trainer.parallel.recompute import apply_recompute
 from internlm_trainer.processes import Processes, Stopped
 from internlm_trainer.telemetry.diagnostics import record_memory
 from internlm_trainer.telemetry.heartbeat import Heartbeat
@@ -116,6 +118,8 @@ class Trainer:
             initialise=fill,
             decays=decays,
         )
+        apply_recompute(model.blocks, shape, spec.parallel.recompute)
+        apply_compile(model.blocks, spec.parallel.compile, world.device, self.row_tokens)
         self.optimizer = MasterAdamW(self.zero, training.optimizer)
         self.guard = SkipGuard(training.skip, world.device)
         self.step = self.start_step = self.tokens = 0

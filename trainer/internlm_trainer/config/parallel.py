@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator, Field, WithJsonSchema
 
 from internlm_trainer.config.base import Spec
 
@@ -45,8 +46,47 @@ class ZeroSpec(Spec):
         return p, g, o
 
 
+RECOMPUTE_PATTERN = "^(none|selective|full|[1-9][0-9]?%)$"
+RECOMPUTE_SENTENCE = "must be none, selective, full, or a share of the blocks from 1% to 99%, such as 50%"
+
+
+def _check_recompute(value: str) -> str:
+    if not re.fullmatch(RECOMPUTE_PATTERN, value):
+        raise ValueError(RECOMPUTE_SENTENCE)
+    return value
+
+
+Recompute = Annotated[
+    str,
+    AfterValidator(_check_recompute),
+    WithJsonSchema(
+        {
+            "type": "string",
+            "maxLength": 9,
+            "x-kubernetes-validations": [
+                {"rule": f"self.matches('{RECOMPUTE_PATTERN}')", "message": RECOMPUTE_SENTENCE}
+            ],
+        }
+    ),
+]
+
+
+def recomputed_blocks(recompute: str, layers: int) -> list[bool]:
+    """Which blocks a valid `recompute` recomputes as a whole: the asked share of them, evenly spread."""
+    percent = 100 if recompute == "full" else int(recompute[:-1]) if recompute.endswith("%") else 0
+    count = -(-layers * percent // 100)
+    return [(i + 1) * count // layers > i * count // layers for i in range(layers)]
+
+
 class ParallelSpec(Spec):
     """How the model's states are laid out over the processes."""
 
     zero: ZeroSpec = ZeroSpec()
     """Sharding of parameters, gradients and optimizer states."""
+    recompute: Recompute = "none"
+    """Activations that the backward pass computes again instead of keeping them. `none`: keep all; `selective`:
+    keep what matrix products and attention gave, compute the rest (norms, rotary embedding, SwiGLU's product)
+    again; `full`, or a share of the blocks such as `50%`: keep only the input of these blocks."""
+    compile: Literal["auto", "blocks", "none"] = "auto"
+    """Whether torch.compile fuses the operations of each block. `auto`: on GPUs only; `blocks`: always; `none`:
+    never, the operations run as they are written."""

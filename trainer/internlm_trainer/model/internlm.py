@@ -44,22 +44,15 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class Mixer(nn.Module):
-    """Causal self-attention with grouped keys and values."""
+    """The projections of causal self-attention with grouped keys and values."""
 
-    def __init__(self, shape: ModelShape, attention: Attention) -> None:
+    def __init__(self, shape: ModelShape) -> None:
         super().__init__()
         self.head_dim = shape.hidden_size // shape.heads
         self.heads = (shape.heads, shape.kv_heads, shape.kv_heads)
         width = self.head_dim * sum(self.heads)
         self.Wqkv = nn.Linear(shape.hidden_size, width, bias=shape.attention_bias)
         self.out_proj = nn.Linear(shape.hidden_size, shape.hidden_size, bias=shape.attention_bias)
-        self.attention = attention
-
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, documents: Documents) -> Tensor:
-        q, k, v = self.Wqkv(x).unflatten(-1, (-1, self.head_dim)).split(self.heads, dim=1)
-        out = self.attention(rotate(q, cos, sin), rotate(k, cos, sin), v, documents)
-        projected: Tensor = self.out_proj(out.flatten(1))
-        return projected
 
 
 class SwiGLU(nn.Module):
@@ -77,17 +70,33 @@ class SwiGLU(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention and feed-forward, each normalised before and added to the residual stream."""
+    """Attention and feed-forward, each normalised before and added to the residual stream.
+
+    What comes before attention and what comes after have a method each: fixed shapes and no documents, so that
+    each can be compiled or recomputed as a whole (`internlm_trainer.parallel` does it from outside).
+    """
 
     def __init__(self, shape: ModelShape, attention: Attention) -> None:
         super().__init__()
         self.norm1 = RMSNorm(shape.hidden_size, shape.norm_eps)
-        self.mixer = Mixer(shape, attention)
+        self.mixer = Mixer(shape)
         self.norm2 = RMSNorm(shape.hidden_size, shape.norm_eps)
         self.mlp = SwiGLU(shape)
+        self.attention = attention
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, documents: Documents) -> Tensor:
-        x = x + self.mixer(self.norm1(x), cos, sin, documents)
+        q, k, v = self.before_attention(x, cos, sin)
+        return self.after_attention(x, self.attention(q, k, v, documents))
+
+    def before_attention(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys (both rotated) and values `[tokens, heads or kv_heads, head_dim]`."""
+        mixer = self.mixer
+        q, k, v = mixer.Wqkv(self.norm1(x)).unflatten(-1, (-1, mixer.head_dim)).split(mixer.heads, dim=1)
+        return rotate(q, cos, sin), rotate(k, cos, sin), v
+
+    def after_attention(self, x: Tensor, attended: Tensor) -> Tensor:
+        """The residual stream with what attention found, and what the feed-forward makes of it."""
+        x = x + self.mixer.out_proj(attended.flatten(1))
         out: Tensor = x + self.mlp(self.norm2(x))
         return out
 
