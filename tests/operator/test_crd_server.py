@@ -186,6 +186,11 @@ BAD = {
         edited(parallel__zero__parameters=-1),
         "spec.parallel.zero.parameters: must divide parallel.zero.gradients",
     ),
+    "a share of the blocks that is none": (
+        edited(parallel__recompute="100%"),
+        'spec.parallel.recompute: Invalid value: "100%": must be none, selective, full, or a share of the blocks',
+    ),
+    "a word that YAML takes for a boolean": (edited(parallel__compile=True), "spec.parallel.compile: "),
     "text and two folders to prepare": (
         edited(data__prepare={"text": ["/a"]}, data__train=[{"path": "/b"}, {"path": "/c"}]),
         "spec.data.prepare: writes one training folder",

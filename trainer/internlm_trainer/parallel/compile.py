@@ -27,7 +27,9 @@ def apply_compile(blocks: Iterable[nn.Module], setting: str, device: torch.devic
     if setting == "none" or (setting == "auto" and device.type != "cuda"):
         log.info("torch.compile: off (%s)", "on CPUs" if setting == "auto" else "parallel.compile is none")
         return
-    log.info("torch.compile: each block (%s)", "on GPUs" if setting == "auto" else "parallel.compile is blocks")
+    log.info(
+        "torch.compile: each block (%s)", "on GPUs" if setting == "auto" else "parallel.compile is blocks"
+    )
     compiler = _Compiler(row_tokens)
     for block in blocks:
         for region in REGIONS:
