@@ -312,13 +312,16 @@ def test_a_second_cluster_lives_beside_and_goes_without_a_trace(cluster: Cluster
 
 
 @pytest.mark.usefixtures("cluster")
-@pytest.mark.parametrize("seconds", [0.6, 2.5, 6.0])
+@pytest.mark.parametrize("seconds", [0.0, 2.0, 5.0])
 def test_a_cluster_whose_maker_was_killed_halfway_can_be_removed(tmp_path: Path, seconds: float) -> None:
     before = traces()
     code = "import sys; from pathlib import Path; from cluster.cluster import Cluster; "
     code += "Cluster.up(nodes=1, root=Path(sys.argv[1]))"
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
     maker = subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "half")], env=environment)
+    while not (tmp_path / "half" / "state.json").exists():  # before, there is nothing to remove
+        assert maker.poll() is None
+        time.sleep(0.01)
     time.sleep(seconds)
     maker.kill()
     maker.wait()
