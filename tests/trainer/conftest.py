@@ -140,6 +140,8 @@ class FaultProxy:
     endpoint: str
     fault: Callable[[str, str], int | None] = lambda _method, _path: None
     seen: list[str] = field(default_factory=list)
+    sent: int = 0
+    """Bytes of all answers' bodies."""
 
 
 @pytest.fixture
@@ -199,7 +201,9 @@ class _Handler(BaseHTTPRequestHandler):
     do_GET = do_PUT = do_POST = do_DELETE = do_HEAD = _forward  # noqa: N815 - http.server's names
 
     def _answer(self, status: int, headers: list[tuple[str, str]], content: bytes) -> None:
-        self.proxy.seen.append(f"{self.command} {self.path} {status}")
+        with self.lock:
+            self.proxy.seen.append(f"{self.command} {self.path} {status}")
+            self.proxy.sent += len(content)
         self.send_response(status)
         for name, value in headers:
             if name.lower() != "content-length" or self.command == "HEAD":

@@ -1,4 +1,4 @@
-"""What a job reads before its first step: checkpoint, tokenizer, data.  Whatever the user may have got wrong about
+"""What a job reads before its first step: tokenizer and data.  Whatever the user may have got wrong about
 them is found here, the cheap checks before the long work, and told alike on all ranks."""
 
 from __future__ import annotations
@@ -7,7 +7,7 @@ import logging
 from typing import Any, NamedTuple
 
 from internlm_trainer import config
-from internlm_trainer.checkpoint import Checkpoint, CheckpointStore, check_store, newest_good
+from internlm_trainer.checkpoint import CheckpointStore, check_store
 from internlm_trainer.config import TrainSpec
 from internlm_trainer.data.loader import RowLoader, validation_rows
 from internlm_trainer.data.packing import Row
@@ -22,8 +22,6 @@ log = logging.getLogger(__name__)
 class Inputs(NamedTuple):
     """A job's inputs, open and checked."""
 
-    checkpoint: Checkpoint | None
-    """The newest good one, to resume from."""
     tokenizer: Tokenizer
     loader: RowLoader
     held_out: list[Row]
@@ -33,14 +31,13 @@ class Inputs(NamedTuple):
 def open_inputs(spec: TrainSpec, store: CheckpointStore, world: Processes) -> Inputs:
     """Raises UserError, alike on all ranks."""
     check_store(store, world)
-    checkpoint = newest_good(store, world)
     world.first(lambda: _prepare(spec))
     tokenizer = world.together(lambda: load_tokenizer(spec.data.tokenizer))
     vocab_size = config.model_shape(spec.model).vocab_size
     world.together(lambda: check_vocabulary(tokenizer, vocab_size, spec.data.tokenizer))
     loader = world.together(lambda: RowLoader(spec.data.train, **_row_settings(spec)))
     held_out = world.together(lambda: _validation_rows(spec, world))
-    return Inputs(checkpoint, tokenizer, loader, held_out)
+    return Inputs(tokenizer, loader, held_out)
 
 
 def _prepare(spec: TrainSpec) -> None:

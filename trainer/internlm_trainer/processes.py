@@ -127,12 +127,22 @@ class Processes:
         """Run `work` on rank 0 while the others wait; a user's mistake that it finds is raised on all."""
         self.together(work if self.rank == 0 else lambda: None)
 
-    def count(self, tokens: int) -> tuple[int, bool]:
-        """(sum of `tokens` over the ranks, whether any of them was asked to stop)."""
-        numbers = torch.tensor([tokens, self._stop_asked], dtype=torch.int64)
-        dist.all_reduce(numbers, group=self._control)
-        total, stops = numbers.tolist()
-        return total, stops > 0
+    def gather_at_first(self, mine: T) -> list[T]:
+        """Every rank's object, in the order of the ranks, on rank 0; nothing on the others."""
+        everyone: list[Any] | None = [None] * self.size if self.rank == 0 else None
+        dist.gather_object(mine, everyone, group=self._control, group_dst=0)
+        return everyone or []
+
+    def total(self, *numbers: int) -> list[int]:
+        """Each number's sum over the ranks."""
+        sums = torch.tensor(numbers, dtype=torch.int64)
+        dist.all_reduce(sums, group=self._control)
+        return list(sums.tolist())
+
+    def exchange(self, *numbers: int) -> tuple[list[int], bool]:
+        """Each step's one exchange: (each number's sum over the ranks, whether any of them was asked to stop)."""
+        *totals, stops = self.total(*numbers, self._stop_asked)
+        return totals, stops > 0
 
     def largest(self, number: int) -> int:
         numbers = torch.tensor(number)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack
 from typing import Any
 
@@ -18,7 +19,7 @@ from internlm_trainer.callbacks.evaluation import Completions, Evaluation
 from internlm_trainer.callbacks.garbage import Garbage
 from internlm_trainer.callbacks.profiling import Profiling
 from internlm_trainer.callbacks.progress import Progress
-from internlm_trainer.checkpoint import Checkpoint, CheckpointStore, Want
+from internlm_trainer.checkpoint import Checkpoint, CheckpointStore, Piece, Saver, newest_good
 from internlm_trainer.config import TrainSpec
 from internlm_trainer.data.packing import IGNORED, Row
 from internlm_trainer.errors import UserError
@@ -94,8 +95,15 @@ class Trainer:
         self.accumulation = config.gradient_accumulation(spec, world.size)
         self.total_steps = config.total_steps(spec, world.size)
 
-        self.store = CheckpointStore(spec.checkpoint.path, shape._asdict(), spec.checkpoint.keep, name)
-        checkpoint, self.tokenizer, self.loader, self.held_out = open_inputs(spec, self.store, world)
+        store = CheckpointStore(
+            spec.checkpoint.path,
+            shape._asdict(),
+            spec.checkpoint.keep,
+            name,
+            keep_every=spec.checkpoint.keep_every_steps,
+            patience=spec.checkpoint.retry_seconds,
+        )
+        self.tokenizer, self.loader, self.held_out = open_inputs(spec, store, world)
 
         if spec.telemetry.memory_history:
             record_memory(world.device)
@@ -124,8 +132,9 @@ class Trainer:
         self.guard = SkipGuard(training.skip, world.device)
         self.step = self.start_step = self.tokens = 0
         self.stopwatch, self.heartbeat = Stopwatch(world.device), Heartbeat(world.rank)
-        if checkpoint:
-            world.together(lambda: self._restore(checkpoint))
+        first_copy = self.zero.layout.coordinates(world.rank)[3] == 0  # replicas hold the same
+        self.saver = Saver(store, world, writes=first_copy, max_age=spec.checkpoint.max_age_seconds)
+        checkpoint = newest_good(store, world, self._restore)
         log.info(
             "training %s parameters on %d processes (%s), zero %s, %d tokens a step, attention: %s (%s)",
             f"{parameter_count(shape):,}",
@@ -153,7 +162,9 @@ class Trainer:
             micro_batches = self.accumulation * world.size
             rows = self.loader.next_step(micro_batches, range(world.rank, micro_batches, world.size))
             # The mean is over the tokens that carry loss in all rows of all ranks, so no layout changes it.
-            labels, stop = world.count(sum(int((row.labels != IGNORED).sum()) for row in rows))
+            mine = sum(int((row.labels != IGNORED).sum()) for row in rows)
+            (labels, *saving), stop = world.exchange(mine, *self.saver.report())
+        self.saver.heard(*saving)
         total, row_losses = torch.zeros((), device=world.device), []
         with self.section("fwd_bwd", on_device=True):
             for index, row in enumerate(rows):
@@ -198,7 +209,16 @@ class Trainer:
 
     def saves(self, result: StepResult) -> bool:
         """Whether a checkpoint is due after this step."""
+        return self.saver.wanted(self.due(result)) or result.last
+
+    def due(self, result: StepResult) -> bool:
+        """Whether the step is one to save, even if the save before it is not done yet."""
         return result.last or result.step % self.spec.checkpoint.every_steps == 0
+
+    def pieces(self) -> Iterator[Piece]:
+        """What this rank holds of weights and optimizer states, for `Saver`."""
+        for piece in self.optimizer.pieces():
+            yield Piece(piece.kind, piece.parameter, piece.span.start, piece.span.stop, piece.values)
 
     def state_dict(self) -> dict[str, Any]:
         """The loop's own state, as JSON; `_restore` reads it."""
@@ -206,19 +226,6 @@ class Trainer:
 
     def _restore(self, checkpoint: Checkpoint) -> None:
         """Continue from a checkpoint of this or any other layout."""
-        pieces = list(self.optimizer.pieces())
-        buffers = [
-            piece.values if piece.values.device.type == "cpu" else piece.values.cpu() for piece in pieces
-        ]
-        checkpoint.load(
-            [
-                Want(piece.kind, piece.parameter, piece.span.start, piece.span.stop, buffer)
-                for piece, buffer in zip(pieces, buffers, strict=True)
-            ]
-        )
-        for piece, buffer in zip(pieces, buffers, strict=True):
-            if buffer is not piece.values:
-                piece.values.copy_(buffer)
         self.step = self.start_step = checkpoint.step
         self.tokens = checkpoint.state["tokens"]
         if self.step > self.total_steps:
@@ -227,6 +234,7 @@ class Trainer:
                 "already: ask for more steps, or give another checkpoint.path"
             )
         self.loader.load_state_dict(checkpoint.state["loader"])
+        self.saver.restore(checkpoint, self.pieces())
         if guard := checkpoint.state.get("guard"):
             self.guard.load_state_dict(guard)
         self.optimizer.set_step(self.step - self.guard.read().skipped)
@@ -239,4 +247,5 @@ class Trainer:
 
     def close(self) -> None:
         """Let go of threads and files."""
+        self.saver.close()
         self.loader.close()

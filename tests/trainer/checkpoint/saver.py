@@ -15,9 +15,9 @@ import time
 from collections.abc import Iterator
 from itertools import count
 
-from states import PARAMETERS, open_store, pieces
+from states import PARAMETERS, open_store, pieces, resume
 
-from internlm_trainer.checkpoint import Alone, CheckpointStore, Piece, newest_good
+from internlm_trainer.checkpoint import CheckpointStore, Snapshot
 
 # Large enough that a save takes a while: 13 MB.
 LARGE = {name: (shape[0] * 1500, *shape[1:]) for name, shape in PARAMETERS.items()}
@@ -33,20 +33,33 @@ def stand_still(step: int) -> None:
     time.sleep(600)
 
 
-def slowly(step: int, rank: int, stage: str) -> Iterator[Piece]:
-    for number, piece in enumerate(pieces(step, rank, WORLD, LARGE)):
-        if stage == "shard" and rank == 1 and number == 2:
-            stand_still(step)
-        yield piece
+class Slow(Snapshot):
+    """Stands still in the middle of being written."""
+
+    step = 0
+
+    def chunks(self) -> Iterator[memoryview]:
+        for number, chunk in enumerate(super().chunks()):
+            if number == 1:
+                stand_still(self.step)
+            yield chunk
+
+
+def image(step: int, rank: int, stage: str) -> Snapshot:
+    snapshot = Snapshot()
+    if stage == "shard" and rank == 1:
+        snapshot = Slow()
+        snapshot.step = step
+    return snapshot.take(pieces(step, rank, WORLD, LARGE))
 
 
 def train(store: CheckpointStore, stage: str) -> None:
-    newest = newest_good(store, Alone())
+    newest = resume(store)
     first = newest.step + 1 if newest else 1
     for step in count(first):
         here = stage if step > first else ""
         say(f"saving {step}")
-        entries = [store.write_shard(step, rank, slowly(step, rank, here)) for rank in range(WORLD)]
+        entries = [store.write_shard(step, rank, image(step, rank, here)) for rank in range(WORLD)]
         if here == "manifest":
             stand_still(step)
         store.commit(step, entries, {"step": step}, LARGE)

@@ -12,12 +12,16 @@ from typing import TypeVar
 import torch
 
 from internlm_trainer.checkpoint import (
+    Alone,
     Checkpoint,
     CheckpointStore,
+    Collective,
     CommittedCheckpoint,
     Piece,
     ShardEntry,
+    Snapshot,
     Want,
+    newest_good,
 )
 
 T = TypeVar("T")
@@ -66,13 +70,22 @@ def pieces(
             )
 
 
+def snapshot(step: int, rank: int, world: int) -> Snapshot:
+    return Snapshot().take(pieces(step, rank, world))
+
+
 def write(store: CheckpointStore, step: int, world: int) -> list[ShardEntry]:
     """All shards of a step, with no manifest yet."""
-    return [store.write_shard(step, rank, pieces(step, rank, world)) for rank in range(world)]
+    return [store.write_shard(step, rank, snapshot(step, rank, world)) for rank in range(world)]
 
 
 def save(store: CheckpointStore, step: int, world: int = 2) -> CommittedCheckpoint:
     return store.commit(step, write(store, step, world), {"step": step}, PARAMETERS)
+
+
+def resume(store: CheckpointStore, world: Collective | None = None) -> Checkpoint | None:
+    """The newest good checkpoint, all of which is read."""
+    return newest_good(store, world or Alone(), lambda checkpoint: checkpoint.verify())
 
 
 def assert_holds(checkpoint: Checkpoint, step: int, world: int = 1) -> None:

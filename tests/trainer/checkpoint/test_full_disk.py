@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from internlm_trainer.checkpoint import Alone, CheckpointStore, Piece, SaveFailed, newest_good
-from trainer.checkpoint.states import open_store
+from internlm_trainer.checkpoint import CheckpointStore, Piece, SaveFailed, Snapshot
+from trainer.checkpoint.states import open_store, resume
 
 MEBI = 1 << 20
 
@@ -45,7 +45,9 @@ def save(store: CheckpointStore, step: int, mebibytes: int) -> None:
     half = torch.full((mebibytes * MEBI // 8,), float(step))
     size = len(half)
     entries = [
-        store.write_shard(step, rank, [Piece("master", "w", rank * size, (rank + 1) * size, half)])
+        store.write_shard(
+            step, rank, Snapshot().take([Piece("master", "w", rank * size, (rank + 1) * size, half)])
+        )
         for rank in (0, 1)
     ]
     store.commit(step, entries, {"step": step}, {"w": (2 * size,)})
@@ -63,7 +65,7 @@ def fill(disk: Path) -> None:
 
 
 def assert_only(store: CheckpointStore, step: int) -> None:
-    found = newest_good(store, Alone())
+    found = resume(store)
     assert found is not None
     assert found.step == step
     assert list(store.folder.names()) == [f"step-{step:08d}"]
@@ -87,7 +89,7 @@ def test_a_disk_that_is_full_when_the_manifest_is_due_keeps_the_checkpoint_befor
     store = open_store(str(disk / "folder"))
     save(store, 100, mebibytes=2)
     half = torch.zeros(MEBI // 4)
-    entry = store.write_shard(200, 0, [Piece("master", "w", 0, len(half), half)])
+    entry = store.write_shard(200, 0, Snapshot().take([Piece("master", "w", 0, len(half), half)]))
     fill(disk)
     with pytest.raises(
         SaveFailed, match=r"step-00000200 could not be saved: writing manifest.json failed: there is no"

@@ -14,8 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from internlm_trainer.checkpoint import Alone, newest_good
-from trainer.checkpoint.states import assert_holds, open_store
+from trainer.checkpoint.states import assert_holds, open_store, resume
 
 
 @dataclass
@@ -63,7 +62,7 @@ def test_a_save_killed_before_its_manifest_is_never_used_but_the_one_before_it(s
     assert saver.kill(child) == []
     store = open_store(saver.url)
     assert store.folder.names("step-00000002") != {}  # it was half there
-    assert_holds(newest_good(store, Alone()), 1)
+    assert_holds(resume(store), 1)
 
 
 @pytest.mark.parametrize("url", ["local", "s3"], indirect=True)
@@ -80,7 +79,7 @@ def test_a_process_killed_at_random_moments_never_loses_a_checkpoint_nor_leaves_
         said += saver.kill(child)
         committed = max(int(line.split()[1]) for line in said if line.startswith("committed"))
         started = max(int(line.split()[1]) for line in said if line.startswith("saving"))
-        found = newest_good(open_store(saver.url), Alone())
+        found = resume(open_store(saver.url))
         assert found is not None
         # The last manifest may have been written without a word of it.
         assert committed <= found.step <= started

@@ -11,9 +11,20 @@ import numpy as np
 import pytest
 import torch
 
-from internlm_trainer.checkpoint import Alone, BadCheckpoint, Piece, SaveFailed, Want, newest_good
+from internlm_trainer.checkpoint import BadCheckpoint, Piece, SaveFailed, Snapshot, Want
 from internlm_trainer.errors import UserError
-from trainer.checkpoint.states import KINDS, MODEL, PARAMETERS, assert_holds, open_store, pieces, save, write
+from trainer.checkpoint.states import (
+    KINDS,
+    MODEL,
+    PARAMETERS,
+    assert_holds,
+    open_store,
+    pieces,
+    resume,
+    save,
+    snapshot,
+    write,
+)
 
 
 @pytest.mark.parametrize(("writers", "readers"), [(1, 1), (1, 3), (4, 2), (3, 5), (5, 1)])
@@ -43,7 +54,7 @@ def test_numpy_arrays_and_every_type_can_be_saved(url):
         "d": torch.randn(10).to(torch.float8_e4m3fn),
     }
     entry = store.write_shard(
-        1, 0, [Piece("k", name, 0, len(array), array) for name, array in arrays.items()]
+        1, 0, Snapshot().take(Piece("k", name, 0, len(array), array) for name, array in arrays.items())
     )
     store.commit(1, [entry], {}, {name: (len(array),) for name, array in arrays.items()})
     for name, array in arrays.items():
@@ -57,7 +68,7 @@ def test_numpy_arrays_and_every_type_can_be_saved(url):
 def test_a_shard_larger_than_one_part_of_an_upload_is_whole(minio):
     store = open_store(minio.bucket())
     tensor = torch.randn(30_000_000)  # 120 MB, and a part has 50 MiB
-    entry = store.write_shard(1, 0, [Piece("master", "w", 0, len(tensor), tensor)])
+    entry = store.write_shard(1, 0, Snapshot().take([Piece("master", "w", 0, len(tensor), tensor)]))
     store.commit(1, [entry], {}, {"w": (len(tensor),)})
     checkpoint, out = store.open(1), torch.zeros_like(tensor)
     checkpoint.verify()
@@ -119,7 +130,7 @@ def test_an_abandoned_save_leaves_nothing_and_a_committed_one_cannot_be_abandone
 def test_saving_a_step_again_ends_the_old_checkpoint_before_the_first_byte(url):
     store = open_store(url)
     save(store, 100)
-    store.write_shard(100, 0, pieces(100, 0, 2))
+    store.write_shard(100, 0, snapshot(100, 0, 2))
     assert store.candidates() == []
     save(store, 100, world=3)
     assert_holds(store.open(100), 100)
@@ -146,13 +157,14 @@ def test_a_shard_that_rank_0_cannot_see_stops_the_commit(url):
 
 
 def test_an_error_of_the_training_itself_while_saving_is_not_taken_for_the_stores(url):
-    def failing():
-        yield from pieces(100, 0, 1)
-        raise RuntimeError("CUDA error")
+    class Failing(Snapshot):
+        def chunks(self):
+            yield from super().chunks()
+            raise RuntimeError("CUDA error")
 
     store = open_store(url)
     with pytest.raises(RuntimeError, match="CUDA error"):
-        store.write_shard(100, 0, failing())
+        store.write_shard(100, 0, Failing().take(pieces(100, 0, 1)))
     assert store.folder.names("step-00000100") == {}
 
 
@@ -178,7 +190,7 @@ def test_a_folder_with_another_models_checkpoints_is_refused_before_the_first_st
         "there and 16 here, layers is 1 there and 3 here; give this model a folder of its own, or the shape "
         "that is there"
     )
-    for refused in (other.check_writable, lambda: newest_good(other, Alone())):
+    for refused in (other.check_writable, lambda: resume(other)):
         with pytest.raises(UserError, match=re.escape(sentence)):
             refused()
 
@@ -254,7 +266,7 @@ def test_a_reader_always_finds_a_whole_checkpoint_while_a_job_saves_and_removes(
     steps: list[int] = []
     try:
         while len(set(steps)) < 8 and not failures:
-            found = newest_good(open_store(url), Alone())
+            found = resume(open_store(url))
             assert found is not None
             steps.append(found.step)
     finally:

@@ -82,7 +82,9 @@ class TinyJob:
             "parallel": {
                 "zero": {"parameters": parameters, "gradients": gradients, "optimizer": optimizer},
             },
-            "checkpoint": {"path": str(self.checkpoints), "everySteps": EVERY} | self.checkpoint,
+            # Steps of a millisecond would overtake saves beside training, and which of them are taken would be chance.
+            "checkpoint": {"path": str(self.checkpoints), "everySteps": EVERY, "async": False}
+            | self.checkpoint,
             "telemetry": self.telemetry,
         }
         return {

@@ -2,8 +2,11 @@
 
 from internlm_trainer.checkpoint.errors import BadCheckpoint, SaveFailed, StorageUnavailable
 from internlm_trainer.checkpoint.format import ShardEntry, step_name
+from internlm_trainer.checkpoint.load import Checkpoint, CommittedCheckpoint
 from internlm_trainer.checkpoint.resume import Alone, Collective, check_store, newest_good
-from internlm_trainer.checkpoint.store import Checkpoint, CheckpointStore, CommittedCheckpoint
+from internlm_trainer.checkpoint.saver import Failed, Saved, Saver
+from internlm_trainer.checkpoint.snapshot import Snapshot
+from internlm_trainer.checkpoint.store import CheckpointStore
 from internlm_trainer.checkpoint.tensors import Piece, Want
 
 __all__ = [
@@ -13,9 +16,13 @@ __all__ = [
     "CheckpointStore",
     "Collective",
     "CommittedCheckpoint",
+    "Failed",
     "Piece",
     "SaveFailed",
+    "Saved",
+    "Saver",
     "ShardEntry",
+    "Snapshot",
     "StorageUnavailable",
     "Want",
     "check_store",

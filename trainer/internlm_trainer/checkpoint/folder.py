@@ -1,6 +1,6 @@
 """A folder in any store that fsspec knows, as checkpoints need it: patient reads, durable and atomic writes.
 
-The only module of the package that touches fsspec.
+The only module of the package that touches fsspec, with `upload` for the S3 stores' own way of writing.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 from fsspec.implementations.local import LocalFileSystem
 
 from internlm_trainer.checkpoint.errors import StorageUnavailable
+from internlm_trainer.checkpoint.upload import PART, PartedUpload
 from internlm_trainer.errors import UserError
 from internlm_trainer.storage import StorageUnreachableError, explain, join, open_fs, user_errors
 
@@ -52,9 +53,10 @@ class WriteFailed(Exception):  # noqa: N818 - it says what happened
 class Folder:
     """Files below `url`, named by their path relative to it.
 
-    Reads are tried again for `patience` seconds while the store fails.  They raise FileNotFoundError for what
+    Requests are tried again for `patience` seconds while the store fails.  Reads raise FileNotFoundError for what
     is not there, UserError for what the user must mend (credentials), StorageUnavailable for a store that
-    does not come back.  Writes are tried once, beyond what fsspec does itself, and raise WriteFailed.
+    does not come back.  Writes raise WriteFailed; those to a local disk, and those that stream to stores other
+    than S3, are tried once, beyond what the driver does itself.
     """
 
     def __init__(self, url: str, patience: float = 60.0) -> None:
@@ -141,16 +143,54 @@ class Folder:
         """Stores raise all kinds of exceptions; a writer needs to know one."""
         try:
             yield
+        except StorageUnavailable as error:  # after several tries, told by `_patiently`
+            raise WriteFailed(str(error)) from error
         except Exception as error:
             raise WriteFailed(f"{what} failed: {reason(error, self.url)}") from error
 
     @contextmanager
-    def create(self, *parts: str) -> Iterator[Callable[[memoryview], None]]:
-        """Write a file piece by piece with the function given; leaving the block makes it durable.
+    def create(self, *parts: str, size: int) -> Iterator[Callable[[memoryview], None]]:
+        """Write a file of `size` bytes piece by piece with the function given; leaving the block makes it durable.
 
-        On an error nothing of it is left, unless the process dies with it.
+        The pieces must stay as they are until then.  On an error nothing of it is left, unless the process dies
+        with it.
         """
-        path, what = self.path(*parts), f"writing {parts[-1]}"
+        what = f"writing {parts[-1]}"
+        if size <= PART and not self.folders:
+            pieces: list[memoryview] = []
+            yield pieces.append
+            self.put(*parts, data=b"".join(pieces))
+        elif hasattr(self.fs, "call_s3"):
+            with self._writing(what):
+                upload = PartedUpload(
+                    self.fs,
+                    self.path(*parts),
+                    size,
+                    lambda detail, work: self._patiently(f"{what}, {detail},", work),
+                )
+            with self._upload(upload, what) as write:
+                yield write
+        else:
+            with self._stream(what, *parts) as write:
+                yield write
+
+    @contextmanager
+    def _upload(self, upload: PartedUpload, what: str) -> Iterator[Callable[[memoryview], None]]:
+        def write(data: memoryview) -> None:
+            with self._writing(what):
+                upload.write(data)
+
+        try:
+            yield write
+            with self._writing(what):
+                upload.close()
+        except BaseException:
+            upload.discard()
+            raise
+
+    @contextmanager
+    def _stream(self, what: str, *parts: str) -> Iterator[Callable[[memoryview], None]]:
+        path = self.path(*parts)
         with self._writing(what):
             self._make_folder(*parts[:-1])
             file = self.fs.open(path, "wb")
@@ -188,8 +228,37 @@ class Folder:
 
         Stores that are neither object stores nor local may show a part of it for a moment.
         """
+        what = f"writing {parts[-1]}"
+        with self._writing(what):
+            if self.local:
+                self._put(*parts, data=data)
+            else:
+                self._patiently(what, lambda: self._put(*parts, data=data))
+
+    def put_new(self, *parts: str, data: bytes) -> bool:
+        """Write a whole small file unless there is one of that name: whether it was written.
+
+        Atomic on local disks and on object stores with conditional writes (`If-None-Match`); others may let
+        two writers pass.
+        """
+
+        def written() -> bool:
+            self._make_folder(*parts[:-1])
+            path = self.path(*parts)
+            try:
+                if self.local:
+                    with open(path, "xb") as file:
+                        file.write(data)
+                        file.flush()
+                        os.fsync(file.fileno())
+                else:
+                    self.fs.pipe_file(path, data, mode="create")
+            except FileExistsError:
+                return False
+            return True
+
         with self._writing(f"writing {parts[-1]}"):
-            self._put(*parts, data=data)
+            return self._patiently(f"writing {parts[-1]}", written)
 
     def _put(self, *parts: str, data: bytes) -> None:
         self._make_folder(*parts[:-1])
@@ -217,13 +286,16 @@ class Folder:
 
     def remove(self, *parts: str) -> None:
         """Remove a file; nothing happens if it is not there."""
-        with self._writing(f"removing {parts[-1]}"):
-            self._remove(self.path(*parts))
+        self._remove_patiently(*parts)
 
     def remove_folder(self, *parts: str) -> None:
         """Remove a folder with all that is in it; nothing happens if it is not there."""
-        with self._writing(f"removing {parts[-1]}"):
-            self._remove(self.path(*parts), recursive=True)
+        self._remove_patiently(*parts, recursive=True)
+
+    def _remove_patiently(self, *parts: str, recursive: bool = False) -> None:
+        what, path = f"removing {parts[-1]}", self.path(*parts)
+        with self._writing(what):
+            self._patiently(what, lambda: self._remove(path, recursive))
 
     def _remove(self, path: str, recursive: bool = False) -> None:
         self.fs.invalidate_cache(path)

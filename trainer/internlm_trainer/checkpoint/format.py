@@ -11,8 +11,9 @@ layout, on any number of ranks, finds what it needs by ranged reads.  The idea o
 coordinates is that of PyTorch's distributed checkpoint and of Lian et al., Universal Checkpointing,
 arXiv:2406.18820; flat ranges in place of n-dimensional boxes fit flat-buffer ZeRO.
 
-The manifest carries the digest of every shard and one over itself, so whatever is cut off or flipped is
-noticed.  Digests are XXH3-128: they find damage at the speed of memory and are no protection against forgery.
+The manifest carries a digest of every `CHUNK` bytes of every shard and one over itself.  So reads are of whole
+chunks, each is verified as it comes, and whatever is cut off or flipped is noticed without a second pass over
+the bytes.  Digests are XXH3-128: they find damage at the speed of memory and are no protection against forgery.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from itertools import pairwise
 from math import prod
 from typing import Any, NamedTuple
 
@@ -32,7 +34,7 @@ import xxhash
 from internlm_trainer.checkpoint.errors import BadCheckpoint
 from internlm_trainer.errors import UserError
 
-FORMAT = 1
+FORMAT = 2
 ALIGNMENT = 64
 MANIFEST = "manifest.json"
 ITEM_SIZES = {
@@ -49,11 +51,11 @@ ITEM_SIZES = {
     "uint8": 1,
     "bool": 1,
 }
-# A ranged read costs about 20 ms on an object store, in which a connection moves a megabyte or two: reading
-# over a gap of that size is cheaper than a second request.  Reads end at a size of which several fit into
-# memory.
-COALESCED_GAP = 1 << 20
-LARGEST_READ = 32 << 20
+# A ranged read costs about 20 ms on an object store, in which a connection moves a few megabytes: rounding reads
+# to chunks of that size costs no time, and a terabyte has no more than 9 MB of digests.  Reads end at a size of
+# which several fit into memory.
+CHUNK = 4 << 20
+LARGEST_READ = 16 << 20
 
 
 class Elements(NamedTuple):
@@ -82,8 +84,14 @@ class ShardEntry:
 
     file: str
     bytes: int
-    digest: str
+    chunks: tuple[str, ...]
+    """Digest of each `CHUNK` bytes; the last chunk may be shorter."""
     pieces: tuple[PieceEntry, ...]
+
+    @property
+    def digest(self) -> str:
+        """One digest for the whole shard: that of its chunks' digests."""
+        return digest("".join(self.chunks).encode())
 
 
 @dataclass(frozen=True)
@@ -114,14 +122,19 @@ def parse_step(name: str) -> int | None:
     return int(found[1]) if found and step_name(int(found[1])) == name else None
 
 
-def shard_name(rank: int) -> str:
-    """File of a writer: `shard-00003.bin`."""
-    return f"shard-{rank:05d}.bin"
+def shard_name(rank: int, writer: str = "") -> str:
+    """File of a rank: `shard-00003.bin`, with the name of the run that writes it in between, if there is one."""
+    return f"shard-{rank:05d}{'-' if writer else ''}{writer}.bin"
 
 
 def aligned(offset: int) -> int:
     """The next multiple of `ALIGNMENT`."""
     return -(-offset // ALIGNMENT) * ALIGNMENT
+
+
+def chunk_digest(data: bytes | memoryview) -> str:
+    """Digest of a chunk as the manifest lists it, 32 hexadecimal digits of XXH3-128."""
+    return xxhash.xxh3_128_hexdigest(data)
 
 
 def digest(data: bytes) -> str:
@@ -155,6 +168,7 @@ def encode(manifest: Manifest) -> tuple[bytes, str]:
                 "file": s.file,
                 "bytes": s.bytes,
                 "digest": s.digest,
+                "chunks": list(s.chunks),
                 "pieces": [list(piece) for piece in s.pieces],
             }
             for s in manifest.shards
@@ -206,7 +220,9 @@ def _manifest(content: dict[str, Any]) -> Manifest:
         parameters={name: tuple(shape) for name, shape in content["parameters"].items()},
         state=content["state"],
         shards=tuple(
-            ShardEntry(s["file"], s["bytes"], s["digest"], tuple(PieceEntry(*piece) for piece in s["pieces"]))
+            ShardEntry(
+                s["file"], s["bytes"], tuple(s["chunks"]), tuple(PieceEntry(*piece) for piece in s["pieces"])
+            )
             for s in content["shards"]
         ),
     )
@@ -258,7 +274,9 @@ class Index:
 
     def __init__(self, shards: Iterable[ShardEntry]) -> None:
         pieces: dict[tuple[str, str], list[tuple[PieceEntry, str]]] = defaultdict(list)
+        self.bytes: dict[str, int] = {}
         for shard in shards:
+            self.bytes[shard.file] = shard.bytes
             for piece in shard.pieces:
                 pieces[piece.kind, piece.parameter].append((piece, shard.file))
         self.pieces = {key: sorted(found, key=lambda p: p[0].start) for key, found in pieces.items()}
@@ -269,17 +287,18 @@ class Index:
         found = self.pieces.get((kind, parameter))
         return found[0][0].dtype if found else None
 
-    def plan(
-        self, wants: Sequence[Elements], gap: int = COALESCED_GAP, largest: int = LARGEST_READ
-    ) -> list[Read]:
-        """The reads that fill every want: neighbours less than `gap` bytes apart share a read of at
-        most `largest` bytes.  KeyError for elements that the checkpoint does not hold."""
+    def plan(self, wants: Sequence[Elements], chunk: int = CHUNK, largest: int = LARGEST_READ) -> list[Read]:
+        """The reads that fill every want: whole chunks, none read twice, at most `largest` bytes (a multiple of
+        `chunk`) at once.  KeyError for elements that the checkpoint does not hold."""
+        assert largest % chunk == 0
         copies: dict[str, list[Copy]] = defaultdict(list)
         for number, want in enumerate(wants):
             for file, copy in self._copies(number, want):
                 copies[file] += _split(copy, largest)
         return [
-            read for file in sorted(copies) for read in _coalesce(file, sorted(copies[file]), gap, largest)
+            read
+            for file in sorted(copies)
+            for read in _coalesce(file, self.bytes[file], sorted(copies[file]), chunk, largest)
         ]
 
     def _copies(self, number: int, want: Elements) -> Iterable[tuple[str, Copy]]:
@@ -298,23 +317,30 @@ class Index:
 
 
 def _split(copy: Copy, largest: int) -> list[Copy]:
-    starts = range(copy.start, copy.stop, largest)
-    return [
-        Copy(start, min(start + largest, copy.stop), copy.want, copy.to + start - copy.start)
-        for start in starts
-    ]
+    """The parts of a copy between multiples of `largest`, at which reads are cut."""
+    cuts = range(copy.start // largest * largest + largest, copy.stop, largest)
+    bounds = [copy.start, *cuts, copy.stop]
+    return [Copy(start, stop, copy.want, copy.to + start - copy.start) for start, stop in pairwise(bounds)]
 
 
-def _coalesce(file: str, copies: list[Copy], gap: int, largest: int) -> list[Read]:
-    reads: list[Read] = []
-    group: list[Copy] = []
+def _coalesce(file: str, size: int, copies: list[Copy], chunk: int, largest: int) -> list[Read]:
+    """One read for what lies in neighbouring chunks and between the same multiples of `largest`."""
+    groups: list[list[Copy]] = []
     end = 0
     for copy in copies:
-        if group and (copy.start - end > gap or copy.stop - group[0].start > largest):
-            reads.append(Read(file, group[0].start, end, tuple(group)))
-            group = []
-        end = max(end, copy.stop) if group else copy.stop
-        group.append(copy)
-    if group:
-        reads.append(Read(file, group[0].start, end, tuple(group)))
-    return reads
+        near = groups and copy.start // chunk <= -(-end // chunk)
+        if near and copy.start // largest == groups[-1][0].start // largest:
+            groups[-1].append(copy)
+            end = max(end, copy.stop)
+        else:
+            groups.append([copy])
+            end = copy.stop
+    return [
+        Read(
+            file,
+            group[0].start // chunk * chunk,
+            min(-(-max(copy.stop for copy in group) // chunk) * chunk, size),
+            tuple(group),
+        )
+        for group in groups
+    ]

@@ -1,4 +1,6 @@
-"""Which checkpoint a job resumes from: the newest one that verifies, agreed on by all ranks.
+"""Which checkpoint a job resumes from: the newest one that all ranks can load, agreed on by them.
+
+What is loaded is verified as it comes, so each rank reads what it needs, once, and all of it is good.
 
 A checkpoint is refused when it is known to be damaged: its manifest or a shard is missing, has the wrong size
 or the wrong digest.  A save that was cut off, or that a store answered with an error, never wrote a manifest,
@@ -20,7 +22,8 @@ from typing import Protocol
 
 from internlm_trainer.checkpoint.errors import BadCheckpoint, StorageUnavailable
 from internlm_trainer.checkpoint.format import step_name
-from internlm_trainer.checkpoint.store import Checkpoint, CheckpointStore
+from internlm_trainer.checkpoint.load import Checkpoint
+from internlm_trainer.checkpoint.store import CheckpointStore
 from internlm_trainer.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -66,19 +69,21 @@ def check_store(store: CheckpointStore, world: Collective) -> None:
             store.remove_probe(name)
 
 
-def newest_good(store: CheckpointStore, world: Collective) -> Checkpoint | None:
-    """The newest checkpoint that verifies, the same on all ranks, or None where no step was ever committed.
+def newest_good(
+    store: CheckpointStore, world: Collective, load: Callable[[Checkpoint], None]
+) -> Checkpoint | None:
+    """The newest checkpoint that `load` took on every rank, or None where no step was ever committed.
 
-    Rank r reads shards r, r + size, ... of a candidate; rank 0 logs why one is refused.  Raises, alike on all
-    ranks: UserError if there are checkpoints and none verifies, or if another job or model wrote them;
-    StorageUnavailable.
+    `load` may be called with several, newest first; what one that failed has left must not matter to the next.
+    Rank 0 logs why one is refused.  Raises, alike on all ranks: UserError if there are checkpoints and none is
+    good, or if another job or model wrote them, and what `load` raises of UserErrors; StorageUnavailable.
     """
     refusals: dict[int, BadCheckpoint | StorageUnavailable] = {}
     # What is committed or removed by a running job while this one looks shows in a second listing.
     while steps := [step for step in _candidates(store, world) if step not in refusals]:
         for step, following in zip(steps, [*steps[1:], None], strict=True):
             try:
-                return _verified(store, world, step)
+                return _loaded(store, world, step, load)
             except (BadCheckpoint, StorageUnavailable) as refusal:
                 refusals[step] = refusal
                 if isinstance(refusal, BadCheckpoint):
@@ -96,17 +101,20 @@ def newest_good(store: CheckpointStore, world: Collective) -> Checkpoint | None:
     )
 
 
-def _verified(store: CheckpointStore, world: Collective, step: int) -> Checkpoint:
+def _loaded(
+    store: CheckpointStore, world: Collective, step: int, load: Callable[[Checkpoint], None]
+) -> Checkpoint:
     def opened() -> list[str]:
         found.append(store.open(step))
+        if world.rank == 0:
+            found[0].check_sizes()  # of all shards, before anyone waits for its share of one that is missing
         return [found[0].digest]
 
     found: list[Checkpoint] = []
     if len(set(_together(world, opened))) > 1:
         raise BadCheckpoint(step_name(step), "not all ranks read the same manifest")
     checkpoint = found[0]
-    mine = range(world.rank, len(checkpoint.manifest.shards), world.size)
-    _together(world, lambda: checkpoint.verify(mine))
+    _together(world, lambda: load(checkpoint))
     return checkpoint
 
 

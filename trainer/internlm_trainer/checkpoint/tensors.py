@@ -20,7 +20,7 @@ assert sys.byteorder == "little", "shards are little-endian, and memory is writt
 class Piece:
     """Elements [start, stop) of the flattened `parameter`'s state of a `kind`, to be saved.
 
-    `tensor`: 1-D, in host memory, `[stop - start]`.
+    `tensor`: 1-D, on any device, `[stop - start]`.
     """
 
     kind: str
@@ -46,6 +46,11 @@ class Want:
     @property
     def elements(self) -> Elements:
         return Elements(self.kind, self.parameter, self.start, self.stop)
+
+
+def as_tensor(array: Array) -> torch.Tensor:
+    """The same memory as a tensor."""
+    return array if isinstance(array, torch.Tensor) else torch.from_numpy(array)
 
 
 def dtype_name(array: Array) -> str:

@@ -18,3 +18,11 @@ class CheckpointSpec(Spec):
     """Steps between two checkpoints. The last step is always saved."""
     keep: Annotated[int, Field(ge=1, le=10000)] = 3
     """Newest checkpoints to keep."""
+    keep_every_steps: Annotated[int, Field(ge=1, le=2**31 - 1)] | None = None
+    """Of each span of so many steps, the first checkpoint is kept for ever."""
+    asynchronous: Annotated[bool, Field(alias="async")] = True
+    """Training goes on while a checkpoint is written, from a copy in host memory. false: it waits."""
+    retry_seconds: Annotated[int, Field(ge=1, le=3600)] = 60
+    """How long a request to a failing store is tried again before the save fails."""
+    max_age_seconds: Annotated[int, Field(ge=60, le=2**31 - 1)] = 21600
+    """A failed save fails the job only when the last good checkpoint is older than this."""

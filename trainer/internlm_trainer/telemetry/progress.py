@@ -139,8 +139,11 @@ class Telemetry:
         self._sinks.write(step, values)
         log.info("validation loss %.4f", loss, extra={"fields": _rounded({"step": step, **values})})
 
-    def saved(self, committed: CommittedCheckpoint, seconds: float | None = None) -> None:
-        """A checkpoint is committed, or was resumed from."""
+    def saved(
+        self, committed: CommittedCheckpoint, seconds: float | None = None, stall: float | None = None
+    ) -> None:
+        """A checkpoint is committed, after `seconds`, for `stall` of which training stood still; or, without
+        them, was resumed from."""
         self._report["checkpoint"] = {
             "step": committed.step,
             "uri": committed.uri,
@@ -148,6 +151,7 @@ class Telemetry:
             "bytes": committed.bytes,
             "digest": committed.digest,
         }
+        self._report["failedSaves"] = 0
         self._report["step"] = max(self._report["step"], committed.step)
         self._send()
         if seconds is not None:
@@ -158,16 +162,27 @@ class Telemetry:
             }
             self._sinks.write(committed.step, numbers)
         if seconds is not None and not self._live:
-            size = _si(committed.bytes) + "B"
+            fields = {
+                "step": committed.step,
+                "checkpoint_bytes": committed.bytes,
+                "checkpoint_seconds": seconds,
+                "checkpoint_stall": stall,
+            }
             log.info(
-                "saved %s (%s in %.1f s)",
+                "saved %s (%sB in %.1f s, checkpoint stall %.3f s)",
                 committed.uri,
-                size,
+                _si(committed.bytes),
                 seconds,
-                extra={"fields": {"step": committed.step}},
+                stall,
+                extra={"fields": fields},
             )
         if self._live:
             self._show()
+
+    def save_failed(self, failures: int) -> None:
+        """A save failed, the `failures`-th in a row; the log has its reason."""
+        self._report["failedSaves"] = failures
+        self._send()
 
     def close(self) -> None:
         if self._live:
@@ -197,7 +212,10 @@ class Silence:
     def measured(self, values: Values) -> None: ...
     def skipped(self, total: int, last: int) -> None: ...
     def validated(self, step: int, values: Values) -> None: ...
-    def saved(self, committed: CommittedCheckpoint, seconds: float | None = None) -> None: ...
+    def saved(
+        self, committed: CommittedCheckpoint, seconds: float | None = None, stall: float | None = None
+    ) -> None: ...
+    def save_failed(self, failures: int) -> None: ...
     def close(self) -> None: ...
 
 

@@ -1,0 +1,257 @@
+"""Saves beside training: the loop waits only while the state is copied, and a thread writes the copy.
+
+All ranks are in the same phase of the same save, since they change it only by numbers that they sum up in each
+step's exchange, which is there anyway:
+
+    idle -> writing      `begin`: every rank has copied its state and writes its shard
+    writing -> finishing every rank has written, or failed to; rank 0 has gathered what the manifest needs and
+                         commits, or removes what the failed save has left
+    finishing -> idle    rank 0 is done
+
+There is one copy of the state in host memory, so a save that is due while one is under way waits for it, and is
+taken of the step at which that one is done.  Training is never held up for a store.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any, Protocol
+
+from internlm_trainer.checkpoint.errors import SaveFailed
+from internlm_trainer.checkpoint.format import ShardEntry
+from internlm_trainer.checkpoint.load import Checkpoint, CommittedCheckpoint
+from internlm_trainer.checkpoint.snapshot import Snapshot
+from internlm_trainer.checkpoint.store import CheckpointStore
+from internlm_trainer.checkpoint.tensors import Piece
+from internlm_trainer.errors import StepFailed
+
+log = logging.getLogger(__name__)
+
+
+class World(Protocol):
+    """The ranks of the job, as far as it takes to save."""
+
+    @property
+    def rank(self) -> int: ...
+
+    @property
+    def size(self) -> int: ...
+
+    def total(self, *numbers: int) -> list[int]:
+        """Each number's sum over the ranks."""
+        ...
+
+    def gather_at_first(self, mine: Any) -> list[Any]:
+        """Every rank's object, in the order of the ranks, on rank 0; nothing on the others."""
+        ...
+
+    def agree(self, sentences: list[str]) -> list[str]:
+        """All ranks' sentences, in the order of the ranks."""
+        ...
+
+
+class Phase(Enum):
+    """Where a save is."""
+
+    IDLE = "idle"
+    WRITING = "writing"
+    FINISHING = "finishing"
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A save that became a checkpoint: `seconds` from its step to its manifest, for `stall` of which training
+    stood still."""
+
+    checkpoint: CommittedCheckpoint
+    seconds: float
+    stall: float
+
+
+@dataclass(frozen=True)
+class Failed:
+    """A save that did not, the `count`-th one in a row."""
+
+    step: int
+    why: str
+    count: int
+
+
+class Saver:
+    """One rank's part in the saves of a job.  Its methods are called by all ranks at the same steps.
+
+    `writes`: whether this rank holds a shard that no other rank writes.  `max_age`: seconds that the last good
+    checkpoint may be old when a save fails, before the job does.  `tell` is called on rank 0 when a save ends.
+    """
+
+    def __init__(
+        self,
+        store: CheckpointStore,
+        world: World,
+        *,
+        writes: bool,
+        max_age: float,
+    ) -> None:
+        self._store, self._world, self._writes, self._max_age = store, world, writes, max_age
+        self.tell: Callable[[Saved | Failed], None] = lambda _: None
+        self._snapshot = Snapshot()
+        self._thread = ThreadPoolExecutor(1, "checkpoint")
+        self._phase = Phase.IDLE
+        self._work: Future[Any] | None = None
+        self._step = -1
+        self._postponed = False
+        self._failures = 0
+        self._last_good = time.monotonic()
+        self._why = self._given_up = ""
+        self.saved_step = -1  # of the last save that became a checkpoint, or the one resumed from
+
+    def restore(self, checkpoint: Checkpoint, pieces: Iterable[Piece]) -> None:
+        """Load this rank's state from a checkpoint of any layout.  Raises what `Checkpoint.load` does."""
+        self._snapshot.restore(checkpoint, pieces)
+        if not self._writes:
+            self._snapshot.release()
+        self.saved_step = checkpoint.step
+
+    def wanted(self, due: bool) -> bool:
+        """Whether `begin` is to be called after this step, where a save is `due` or not."""
+        return self._phase is Phase.IDLE and (due or self._postponed)
+
+    def postpone(self, step: int) -> None:
+        """A save is due and one is under way."""
+        if not self._postponed and self._world.rank == 0:
+            log.warning(
+                "the save of step %d waits for that of step %d, which is not done yet", step, self._step
+            )
+        self._postponed = True
+
+    def begin(
+        self,
+        step: int,
+        pieces: Iterable[Piece],
+        state: Mapping[str, Any],
+        parameters: Mapping[str, tuple[int, ...]],
+    ) -> None:
+        """Copy the state and write it beside what follows.  `state`: the loop's, as `commit` wants it."""
+        assert self._phase is Phase.IDLE
+        self._began = time.monotonic()
+        self._phase, self._step, self._postponed = Phase.WRITING, step, False
+        self._state, self._parameters = json.loads(json.dumps(state)), parameters
+        if self._writes:
+            snapshot = self._snapshot.take(pieces)
+            self._work = self._thread.submit(self._write, step, snapshot)
+        self._stall = time.monotonic() - self._began
+
+    def _write(self, step: int, snapshot: Snapshot) -> ShardEntry | str:
+        try:
+            return self._store.write_shard(step, self._world.rank, snapshot)
+        except SaveFailed as error:
+            return str(error)
+
+    # The exchange of each step
+
+    def report(self) -> tuple[int, int, int]:
+        """This rank's numbers: whether its part of the phase is done, whether the save has failed, and whether the
+        job is to be given up.  `heard` takes their sums."""
+        done = self._work is None or self._work.done()
+        failed = self._phase is Phase.FINISHING and done and isinstance(self._result(), str)
+        return int(done), int(failed), int(bool(self._given_up))
+
+    def heard(self, done: int, failed: int, given_up: int) -> None:
+        """The sums of all ranks' numbers: go on to the next phase where all are done.
+
+        Raises StepFailed, on all ranks, when a save has failed and the last good checkpoint is too old.
+        """
+        if given_up:
+            raise StepFailed(self._one(self._given_up))
+        if done < self._world.size:
+            return
+        if self._phase is Phase.WRITING:
+            began = time.monotonic()
+            self._finish_writing()
+            self._stall += time.monotonic() - began
+        elif self._phase is Phase.FINISHING:
+            self._end(bool(failed))
+
+    def wait(self) -> str | None:
+        """Wait until no save is under way; why the last one failed, or None.  The same on all ranks."""
+        began = time.monotonic()
+        if self._phase is Phase.WRITING:
+            self._finish_writing()
+        if self._phase is Phase.FINISHING:
+            self._result()
+            self._stall += time.monotonic() - began
+            _, failed, _ = self._world.total(*self.report())
+            self._end(bool(failed))
+            if failed:
+                return self._one(self._why)
+        return None
+
+    def close(self) -> None:
+        """Let go of the thread; a save that is under way is lost."""
+        self._thread.shutdown(wait=False, cancel_futures=True)
+
+    # Phases
+
+    def _result(self) -> Any:
+        """What the thread's work gave, as soon as it is done.  Errors other than a store's are raised here."""
+        return self._work.result() if self._work else None
+
+    def _finish_writing(self) -> None:
+        outcomes = self._world.gather_at_first(self._result())
+        self._phase, self._work = Phase.FINISHING, None
+        if self._world.rank == 0:
+            entries = [found for found in outcomes if isinstance(found, ShardEntry)]
+            failures = [found for found in outcomes if isinstance(found, str)]
+            self._work = self._thread.submit(self._finish, entries, failures)
+
+    def _finish(self, entries: list[ShardEntry], failures: list[str]) -> CommittedCheckpoint | str:
+        try:
+            if failures:
+                raise SaveFailed(failures[0])
+            return self._store.commit(self._step, entries, self._state, self._parameters, self._world.size)
+        except SaveFailed as error:
+            self._store.abandon(self._step)
+            return str(error)
+
+    def _end(self, failed: bool) -> None:
+        result, now = self._result(), time.monotonic()
+        self._phase, self._work = Phase.IDLE, None
+        if not failed:
+            self.saved_step, self._failures = self._step, 0
+            self._last_good = now
+        if isinstance(result, CommittedCheckpoint):
+            self.tell(Saved(result, now - self._began, self._stall))
+        elif result:
+            self._fail(str(result), now - self._last_good)
+
+    def _fail(self, why: str, age: float) -> None:
+        self._failures += 1
+        self._why = why
+        good = f"the last good checkpoint is {_since(self.saved_step, age)}"
+        if age > self._max_age:
+            self._given_up = f"{why}; {good}, and checkpoint.maxAgeSeconds allows {self._max_age:.0f} s"
+        elif self._failures == 1:
+            log.error("%s; training goes on", why)
+        else:
+            log.critical(
+                "%s; %d SAVES IN A ROW HAVE FAILED: %s, and the job fails when that is more than %d s",
+                why,
+                self._failures,
+                good,
+                self._max_age,
+            )
+        self.tell(Failed(self._step, why, self._failures))
+
+    def _one(self, sentence: str) -> str:
+        """The sentence of the rank that has one."""
+        return self._world.agree([sentence] if sentence else [])[0]
+
+
+def _since(step: int, age: float) -> str:
+    return f"that of step {step}, {age:.0f} s old" if step >= 0 else f"still to come after {age:.0f} s"
