@@ -10,10 +10,14 @@ from rich.table import Table
 
 from internlm_operator.api import Job, JobError, load_manifests, parse_job
 from internlm_trainer.commands.common import EXIT_USER_ERROR, out, sentences
+from internlm_trainer.commands.convert import SaveFolder, Tokenizer, TrainFolder, manifest_of_config
 from internlm_trainer.errors import UserError
 
 Files = Annotated[list[Path], typer.Argument(help="Manifests of InternLMJobs.", show_default=False)]
-File = Annotated[Path, typer.Argument(help="Manifest of an InternLMJob.", show_default=False)]
+File = Annotated[
+    Path,
+    typer.Argument(help="Manifest of an InternLMJob, or InternLM's configuration.", show_default=False),
+]
 
 
 @sentences
@@ -41,17 +45,28 @@ def run(
     processes: Annotated[
         int | None, typer.Option(min=1, help="Instead of the job's processes (or GPUs) of a node.")
     ] = None,
+    tokenizer: Tokenizer = None,
+    train_folder: TrainFolder = None,
+    save_folder: SaveFolder = None,
 ) -> None:
-    """Run a job on this machine, from its newest checkpoint on.
+    """Run a job on this machine, from its newest checkpoint on. Takes InternLM's configs/*.py too.
 
     Ctrl-C stops it after the step at hand and saves; the same command goes on from there.
     """
     from internlm_trainer import launch
 
-    manifests = load_manifests(file)
-    if len(manifests) > 1:
-        raise UserError(f"{file}: holds {len(manifests)} jobs; run takes one")
-    manifest = launch.scale_down(manifests[0], nodes, processes)
+    if file.suffix == ".py":
+        manifest = manifest_of_config(file, nodes, processes, tokenizer, train_folder, save_folder)
+    elif tokenizer or train_folder or save_folder:
+        raise UserError(
+            "--tokenizer, --train-folder and --save-folder are for InternLM's configurations in Python; a manifest "
+            "has spec.data and spec.checkpoint"
+        )
+    else:
+        manifests = load_manifests(file)
+        if len(manifests) > 1:
+            raise UserError(f"{file}: holds {len(manifests)} jobs; run takes one")
+        manifest = launch.scale_down(manifests[0], nodes, processes)
     job = parse_job(manifest)
     launch.check_machine(job.spec.nodes, job.spec.gpus_per_node)
     typer.echo(f"{job.name}: {_summary(job)}")

@@ -1,0 +1,438 @@
+"""InternLM's fields as a job's.  Pure.
+
+A field either becomes one of ours, or is told in a note where it changes nothing that is computed, or is refused
+where it would.  The fields are those of InternLM 0.1 and 0.2 (`configs/7B_sft.py`,
+`internlm/initialize/launch.py`).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import yaml
+
+from internlm_trainer.config.model import PRESETS
+from internlm_trainer.errors import UserError
+from internlm_trainer.legacy_config.evaluate import Config
+
+MAX_STEPS = 2**31 - 1
+MAX_KEEP = 10_000
+
+# Fields that change no number here, and what there is instead; False: nothing to tell.
+_WITHOUT_EFFECT: Mapping[str, str] = {
+    "DO_ALERT": "",
+    "monitor": "alerts come from Prometheus, which reads this job's metrics",
+    "alert_address": "alerts come from Prometheus, which reads this job's metrics",
+    "cudnn_deterministic": "this model has no convolutions",
+    "cudnn_benchmark": "this model has no convolutions",
+    "resume_tb_folder": "a resumed job writes into its own folder",
+    "ckpt.async_upload": "",
+    "ckpt.async_upload_tmp_folder": "",
+    "ckpt.oss_snapshot_freq": "there are no snapshots beside checkpoints",
+    "ckpt.snapshot_ckpt_folder": "there are no snapshots beside checkpoints",
+    "ckpt.stop_file_path": "a job is stopped by Ctrl-C or spec.suspend",
+    "ckpt.load_optimizer": "a job always resumes with its optimizer states",
+    "ckpt.is_old_api": "",
+    "data.packed_length": "InternLM ignores it too: a row has micro_bsz x seq_len tokens",
+    "data.gradient_accumulation": "InternLM ignores it too: micro_num says it",
+    "data.valid_micro_num": "an evaluation looks at training.validationRows rows",
+    "data.empty_cache_and_diag_interval": "",
+    "data.diag_outlier_ratio": "",
+    "data.num_worker": "",
+    "grad_scaler": "loss scaling is for fp16",
+    "hybrid_zero_optimizer.zero_overlap_communication": "",
+    "hybrid_zero_optimizer.overlap_sync_grad": "",
+    "hybrid_zero_optimizer.overlap_sync_param": "",
+    "hybrid_zero_optimizer.reduce_bucket_size": "a bucket is a block of the model",
+    "lr_scheduler.last_epoch": "",
+    "beta2_scheduler.cur_iter": "",
+    "model.checkpoint": "",
+    "model.checkpoint_fraction": "",
+    "model.embed_split_hidden": "",
+    "model.parallel_output": "",
+    "model.use_flash_attn": "the fastest attention that fits the card is used",
+    "model.num_chunks": "",
+    "parallel.sequence_parallel": "",
+}
+# Fields that have one value here: (path, what may stand there, what InternLM does where it is left out).
+_FIXED: tuple[tuple[str, tuple[Any, ...], Any], ...] = (
+    ("data.skip_batches", ("", None), ""),
+    ("data.rampup_batch_size", ("", None), ""),
+    ("loss.label_smoothing", (0, None), 0),
+    ("lr_scheduler.init_steps", (0,), 0),
+    ("beta2_scheduler.c", (0,), 0),
+    ("model.embed_grad_scale", (1,), 1),
+    ("model.apply_post_layer_norm", (False,), False),
+    ("model.norm_type", ("rmsnorm",), "rmsnorm"),
+)
+_PRECISIONS = {"torch.bfloat16": "bf16", "torch.float32": "fp32", "torch.tf32": "fp32"}
+_MODEL_TYPES = ("INTERNLM", "INTERNLM2", "INTERNLM2_PUBLIC")
+
+
+class Machine(NamedTuple):
+    """What InternLM's users give its launcher and its tools, not its configuration."""
+
+    nodes: int = 1
+    gpus_per_node: int = 0
+    processes_per_node: int = 1
+    tokenizer: str | None = None
+    train_folder: str | None = None
+    save_folder: str | None = None
+
+    @property
+    def world_size(self) -> int:
+        return self.nodes * (self.gpus_per_node or self.processes_per_node)
+
+
+class Conversion(NamedTuple):
+    """A job's manifest, and what its reader should know of how it came about."""
+
+    manifest: dict[str, Any]
+    notes: list[str]
+
+
+def convert(config: Config, machine: Machine) -> Conversion:
+    """The job that trains as `config` says on `machine`.
+
+    Raises UserError, with file and line, for what cannot be had here, and for what is not known.
+    """
+    reader = _Reader(config)
+    name = _name(reader)
+    spec = {
+        "nodes": machine.nodes,
+        "gpusPerNode": machine.gpus_per_node,
+        "processesPerNode": machine.processes_per_node,
+        "model": _model(reader),
+        "data": _data(reader, machine),
+        "training": _training(reader, machine.world_size),
+        "parallel": _parallel(reader),
+        "checkpoint": _checkpoint(reader, machine, name),
+        "telemetry": _telemetry(reader),
+    }
+    reader.settle_the_rest()
+    del spec["gpusPerNode" if not machine.gpus_per_node else "processesPerNode"]
+    manifest = {
+        "apiVersion": "training.internlm.io/v1alpha1",
+        "kind": "InternLMJob",
+        "metadata": {"name": name},
+        "spec": {part: content for part, content in spec.items() if content != {}},
+    }
+    return Conversion(manifest, reader.notes)
+
+
+def job_yaml(conversion: Conversion, source: str) -> str:
+    """The manifest's file, with the notes as comments at its top."""
+    lines = [f"Made from {source} by internlm convert-config.", *conversion.notes]
+    comment = "".join(f"# {line}\n" for text in lines for line in text.splitlines())
+    return comment + yaml.safe_dump(conversion.manifest, sort_keys=False, allow_unicode=True)
+
+
+class _Reader:
+    """Hands out fields by path, and knows in the end which ones nobody asked for."""
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.notes: list[str] = []
+        self._taken: set[str] = set()
+
+    def get(self, path: str, kind: type | tuple[type, ...], default: Any = None) -> Any:
+        """The value at `path`, of one of these types; `default` where there is none.
+
+        A boolean is no number, and a whole number may stand where a float is meant.
+        """
+        self._taken.add(path)
+        section, _, key = path.rpartition(".")
+        values = self.section(section) if section else self.config.values
+        if key not in values:
+            return default
+        value = values[key]
+        kinds = kind if isinstance(kind, tuple) else (kind,)
+        if kind is object:
+            return value
+        if isinstance(value, bool) and bool not in kinds:
+            self.refuse(path, f"is {value}, which is no {_kinds(kinds)}")
+        if isinstance(value, int) and not isinstance(value, bool) and float in kinds and int not in kinds:
+            value = float(value)
+        if value is not None and not isinstance(value, kinds):
+            self.refuse(path, f"is {value!r:.80}, which is no {_kinds(kinds)}")
+        return default if value is None else value
+
+    def need(self, path: str, kind: type | tuple[type, ...]) -> Any:
+        value = self.get(path, kind)
+        if value is None:
+            self.refuse(path, "must be given")
+        return value
+
+    def section(self, path: str) -> Mapping[str, Any]:
+        values: Any = self.config.values
+        for part in path.split("."):
+            values = values.get(part)
+            if values is None:
+                return {}
+            if not isinstance(values, dict):
+                self.refuse(path, "must be a dict")
+        self._taken.add(path)
+        found: Mapping[str, Any] = values
+        return found
+
+    def note(self, path: str, sentence: str) -> None:
+        self.notes.append(f"{path}: {sentence}")
+
+    def refuse(self, path: str, sentence: str) -> Any:
+        self.config.refuse(path, f"{path}: {sentence}")
+
+    def settle_the_rest(self) -> None:
+        """Check the fields that must have one value; note those without effect; refuse unknown ones."""
+        for path, allowed, default in _FIXED:
+            value = self.get(path, object, default)
+            if not any(value == one and isinstance(value, bool) == isinstance(one, bool) for one in allowed):
+                self.refuse(path, f"is {value!r:.80}, which is not supported; only {allowed[0]!r} is")
+        for path, value in self._paths():
+            if path in self._taken or path in _WITHOUT_EFFECT:
+                if _WITHOUT_EFFECT.get(path) and path not in self._taken:
+                    self.note(path, f"has no effect: {_WITHOUT_EFFECT[path]}")
+            elif "." in path or not (path.isupper() or isinstance(value, str)):
+                self.refuse(
+                    path, "is not known here, and might change what is computed; take it out if it does not"
+                )
+
+    def _paths(self) -> list[tuple[str, Any]]:
+        """All fields: top-level names, and the keys of the sections that are known."""
+        found: list[tuple[str, Any]] = []
+        for name, value in self.config.values.items():
+            if name in self._taken and isinstance(value, dict):
+                found += [(f"{name}.{key}", item) for key, item in value.items()]
+            else:
+                found.append((name, value))
+        return found
+
+
+def _kinds(kinds: tuple[type, ...]) -> str:
+    words = {int: "whole number", float: "number", str: "text", bool: "boolean", dict: "dict"}
+    return " or ".join(words.get(kind, kind.__name__) for kind in kinds)
+
+
+def _name(reader: _Reader) -> str:
+    """A name that Kubernetes takes."""
+    given = reader.get("JOB_NAME", str, "internlm")
+    name = re.sub(r"[^a-z0-9]+", "-", given.lower()).strip("-")
+    name = name if name[:1].isalpha() else f"job-{name}".rstrip("-")
+    name = name[:50].rstrip("-")
+    if name != given:
+        reader.note("JOB_NAME", f"{given!r} is {name!r} here, as Kubernetes' names must be")
+    return name
+
+
+def _model(reader: _Reader) -> dict[str, Any]:
+    model_type = reader.get("model_type", str, "INTERNLM")
+    if model_type not in _MODEL_TYPES:
+        reader.refuse("model_type", f"is {model_type!r}; models here are {', '.join(_MODEL_TYPES)}")
+    layers, hidden = reader.need("model.num_layers", int), reader.need("model.hidden_size", int)
+    heads, vocab = reader.need("model.num_attention_heads", int), reader.need("model.vocab_size", int)
+    kv_heads = reader.get("model.num_kv_attention_heads", int, heads)
+    ffn = -(-int(hidden * reader.get("model.mlp_ratio", float, 4.0)) // 256) * 256
+    bias = not reader.get("model.no_bias", bool, model_type != "INTERNLM")
+    shape: dict[str, Any] = {
+        "layers": layers,
+        "hiddenSize": hidden,
+        "heads": heads,
+        "kvHeads": kv_heads,
+        "ffnSize": ffn,
+        "vocabSize": vocab,
+    }
+    for preset, known in PRESETS.items():
+        if (layers, hidden, heads, ffn, vocab) == known and kv_heads == heads:
+            shape = {"preset": preset}
+    seq_len = reader.need("data.seq_len", int)
+    eps = reader.get("model.layer_norm_epsilon", float, 1e-5)
+    base = reader.get("model.rope_base", int, 10000)
+    return {**shape, "seqLen": seq_len, "normEps": eps, "ropeBase": base, "attentionBias": bias}
+
+
+def _data(reader: _Reader, machine: Machine) -> dict[str, Any]:
+    folder = machine.train_folder or reader.get("data.train_folder", str)
+    reader.get("data.train_folder", str)
+    if not folder:
+        reader.refuse(
+            "data", "names no train_folder: InternLM would make up random tokens; give one by --train-folder"
+        )
+    if not machine.tokenizer:
+        raise UserError(
+            f"{reader.config.file}: names no tokenizer, as InternLM's configurations do not: give the tokenizer of "
+            "the data by --tokenizer"
+        )
+    data: dict[str, Any] = {
+        "tokenizer": machine.tokenizer,
+        "train": [{"path": _path(reader, "data.train_folder", folder)}],
+    }
+    if valid := reader.get("data.valid_folder", str):
+        data["validation"] = [{"path": _path(reader, "data.valid_folder", valid)}]
+    data["packing"] = "contiguous" if reader.get("data.pack_sample_into_one", bool, False) else "documents"
+    if shortest := reader.get("data.min_length", int, 0):
+        reader.note("data.min_length", f"samples with fewer than {shortest} tokens are kept here")
+    if reader.get("data.min_length_dict", dict, {}):
+        reader.note("data.min_length_dict", "short samples are kept here")
+    return data
+
+
+def _training(reader: _Reader, world_size: int) -> dict[str, Any]:
+    steps = reader.need("data.total_steps", int)
+    if (scheduled := reader.get("lr_scheduler.total_steps", int, steps)) != steps:
+        reader.refuse(
+            "lr_scheduler.total_steps",
+            f"is {scheduled}, and data.total_steps is {steps}: the schedule ends with the job here",
+        )
+    precision = reader.get("model.dtype", str, "torch.float16")
+    if precision not in _PRECISIONS:
+        reader.refuse(
+            "model.dtype",
+            f"is {precision!r} (InternLM's default is fp16); use one of {', '.join(_PRECISIONS)}",
+        )
+    if precision == "torch.tf32":
+        reader.note("model.dtype", "fp32 without TF32 is used")
+    micro, seq_len = reader.need("data.micro_bsz", int), reader.need("data.seq_len", int)
+    sequences, left = divmod(micro * reader.get("data.micro_num", int, 1), _model_parallel(reader))
+    if left or not sequences:
+        reader.refuse(
+            "data.micro_num",
+            "times micro_bsz must be a multiple of the tensor and pipeline parallel sizes: without these, all ranks "
+            "share the batch",
+        )
+    micro = next(size for size in range(micro, 0, -1) if sequences % size == 0)
+    beta2 = reader.get("adam.adam_beta2", float, 0.95)
+    if reader.get("beta2_scheduler.init_beta2", float, beta2) != beta2:
+        reader.refuse("beta2_scheduler.init_beta2", f"must be adam.adam_beta2, {beta2}")
+    if reader.get("adam.adam_beta2_c", (int, float), 0):
+        reader.get("beta2_scheduler.c", (int, float), 0)  # adam's is only a name for it
+    decay = reader.get("adam.weight_decay", float, 0.01)
+    if decay:
+        reader.note("adam.weight_decay", "norms and biases are not decayed here; InternLM decays them too")
+    reader.note("lr_scheduler", "the last step has eta_min; InternLM's would reach it one step after")
+    if reader.get("data.valid_every", int, 0) and not reader.get("data.valid_folder", str):
+        reader.note("data.valid_every", "has no effect without a valid_folder")
+    return {
+        "steps": steps,
+        "globalBatchTokens": sequences * seq_len * world_size,
+        "microBatchSize": micro,
+        "precision": _PRECISIONS[precision],
+        "optimizer": {
+            "lr": reader.need("adam.lr", float),
+            "betas": [reader.get("adam.adam_beta1", float, 0.9), beta2],
+            "eps": reader.get("adam.adam_eps", float, 1e-8),
+            "weightDecay": decay,
+            "clipGradNorm": reader.get("hybrid_zero_optimizer.clip_grad_norm", float, 0.0),
+        },
+        "schedule": {
+            "name": "cosine",
+            "warmupSteps": int(steps * reader.get("lr_scheduler.warmup_ratio", float, 0.0)),
+            "minLr": reader.get("lr_scheduler.eta_min", float, 0.0),
+        },
+        "seed": 1024,
+        "validateEverySteps": reader.get("data.valid_every", int, 0),
+        "logEverySteps": 1,
+    }
+
+
+def _model_parallel(reader: _Reader) -> int:
+    """Ranks that InternLM would split one model over, by tensor and pipeline parallelism."""
+    return _size(reader, "parallel.tensor", 1) * _size(reader, "parallel.pipeline", 1)
+
+
+def _parallel(reader: _Reader) -> dict[str, Any]:
+    """Hybrid ZeRO in place of whatever InternLM would split: the same memory a rank for states."""
+    split, zero1 = _model_parallel(reader), _size(reader, "parallel.zero1", -1)
+    if split > 1:
+        reader.note(
+            "parallel",
+            f"parameters and gradients are sharded over {split} ranks instead of tensor and pipeline parallelism; "
+            "the batch stays the same",
+        )
+    if (weight := _size(reader, "parallel.weight", 1)) > 1:
+        reader.refuse(
+            "parallel.weight", f"is {weight}: shard parameters by parallel.zero in a manifest instead"
+        )
+    optimizer = split * zero1 if zero1 > 0 else -1
+    return {"zero": {"parameters": split, "gradients": split, "optimizer": optimizer}}
+
+
+def _size(reader: _Reader, path: str, default: int) -> int:
+    """A degree, given as a number or as a dict with `size`."""
+    given = reader.get(path, (int, dict), default)
+    if isinstance(given, dict):
+        if given.get("fsdp"):
+            reader.refuse(path, "asks for fsdp: use parallel.zero (-1, -1, -1) in a manifest")
+        given = given.get("size", default)
+    if isinstance(given, bool) or not isinstance(given, int):
+        reader.refuse(path, "must be a whole number")
+    size: int = given
+    return size
+
+
+def _checkpoint(reader: _Reader, machine: Machine, name: str) -> dict[str, Any]:
+    saves = reader.get("ckpt.enable_save_ckpt", bool, True)
+    given = machine.save_folder or reader.get("ckpt.save_ckpt_folder", str)
+    reader.get("ckpt.save_ckpt_folder", str)
+    path = _path(reader, "ckpt.save_ckpt_folder", given) if given else f"{name}-checkpoints"
+    every = reader.get("ckpt.checkpoint_every", (int, float), 0)
+    if not saves or not 1 <= every <= MAX_STEPS:
+        reader.note("ckpt", f"the last step is always saved here, in {path}")
+        every = MAX_STEPS
+    _check_start(reader, path)
+    reader.note("ckpt", "InternLM keeps all checkpoints; checkpoint.keep says how many stay here")
+    return {"path": path, "everySteps": int(every), "keep": MAX_KEEP}
+
+
+def _check_start(reader: _Reader, own: str) -> None:
+    """Refuse to start from anything but the job's own checkpoints.
+
+    InternLM 0.2 takes no notice of `load_ckpt_info` unless auto_resume is off.
+    """
+    given = reader.get("ckpt.load_given_ckpt", bool)
+    resumes = reader.get("ckpt.auto_resume", bool, not given)
+    for field in ("ckpt.load_ckpt_folder", "ckpt.load_model_only_folder", "ckpt.load_ckpt_info"):
+        start = reader.get(field, (str, dict))
+        folder = start.get("path") if isinstance(start, dict) else start
+        if folder is None:
+            continue
+        if given is False or (resumes and field == "ckpt.load_ckpt_info"):
+            reader.note(field, "has no effect, as in InternLM without auto_resume=False")
+            continue
+        if not isinstance(folder, str):
+            reader.refuse(field, "must name a folder")
+        path = _path(reader, field, folder)
+        if path.rstrip("/") != own.rstrip("/"):
+            reader.refuse(
+                field,
+                f"starts from {path}: a job starts from its own checkpoints, in {own}; take the field out to train "
+                "from scratch",
+            )
+        reader.note(field, "a job always resumes from its newest good checkpoint")
+
+
+def _telemetry(reader: _Reader) -> dict[str, Any]:
+    folder = reader.get("tensorboard_folder", str)
+    if folder and reader.get("enable_tb", bool, True):
+        return {"tensorboard": {"path": folder}}
+    return {}
+
+
+def _path(reader: _Reader, field: str, given: str) -> str:
+    """A path or URL without InternLM's prefix: `local:/p`, `boto3:s3://bucket.endpoint/p`."""
+    if given.startswith("local:"):
+        return given.removeprefix("local:")
+    if given.startswith(("boto3:", "s3:")):
+        found = re.fullmatch(r"s3://([^./]+)(?:\.([^/]+))?/?(.*)", given.removeprefix("boto3:"))
+        if not found:
+            reader.refuse(field, f"is {given!r}, which is no boto3:s3://bucket.endpoint/path")
+            raise AssertionError
+        bucket, endpoint, path = found.groups()
+        if endpoint:
+            reader.note(
+                field, f"the store's address goes into the environment: AWS_ENDPOINT_URL=http://{endpoint}"
+            )
+        return f"s3://{bucket}/{path}".rstrip("/")
+    if re.match(r"[a-z0-9]+:(?!//)", given):
+        reader.refuse(field, f"is {given!r}; known are local:/path, boto3:s3://bucket.endpoint/path and URLs")
+    return given
