@@ -87,11 +87,12 @@ def test_a_sample_becomes_the_job_that_it_describes() -> None:
                 "clipGradNorm": 0.5,
             },
             "schedule": {"name": "cosine", "warmupSteps": 25, "minLr": 1e-5},
+            "skip": {"spikeThreshold": 0},
             "seed": 1024,
             "validateEverySteps": 100,
             "logEverySteps": 1,
         },
-        "parallel": {"zero": {"parameters": 1, "gradients": 1, "optimizer": 8}},
+        "parallel": {"zero": {"parameters": 1, "gradients": 1, "optimizer": 8}, "recompute": "none"},
         "checkpoint": {"path": "ckpts/a", "everySteps": 25, "keep": 10000},
     }
 
@@ -130,6 +131,22 @@ def test_internlm_7b_is_recognised() -> None:
 def test_zero1_and_model_parallelism_become_three_degrees(parallel: str, zero: tuple[int, int, int]) -> None:
     found = spec(f"\nparallel = dict({parallel})")
     assert tuple(found["parallel"]["zero"].values()) == zero
+
+
+@pytest.mark.parametrize(
+    ("fields", "recompute"),
+    [
+        ("checkpoint=True", "full"),
+        ("checkpoint=1.0", "full"),
+        ("checkpoint=0", "none"),
+        ("checkpoint=0.25", "25%"),
+        ("checkpoint=True, checkpoint_fraction=0.5", "50%"),
+        ("checkpoint=False, checkpoint_fraction=0.5", "none"),
+    ],
+)
+def test_activation_checkpointing_becomes_recomputation(fields: str, recompute: str) -> None:
+    model = "num_layers=4, hidden_size=2048, num_attention_heads=16, vocab_size=50000, dtype='torch.bfloat16'"
+    assert spec(f"\nmodel = dict({model}, {fields})")["parallel"]["recompute"] == recompute
 
 
 @pytest.mark.parametrize(("split", "micro"), [(1, 2), (2, 2), (4, 2), (8, 1)])

@@ -48,8 +48,6 @@ _WITHOUT_EFFECT: Mapping[str, str] = {
     "hybrid_zero_optimizer.reduce_bucket_size": "a bucket is a block of the model",
     "lr_scheduler.last_epoch": "",
     "beta2_scheduler.cur_iter": "",
-    "model.checkpoint": "",
-    "model.checkpoint_fraction": "",
     "model.embed_split_hidden": "",
     "model.parallel_output": "",
     "model.use_flash_attn": "the fastest attention that fits the card is used",
@@ -329,6 +327,7 @@ def _training(reader: _Reader, world_size: int) -> dict[str, Any]:
             "warmupSteps": int(steps * reader.get("lr_scheduler.warmup_ratio", float, 0.0)),
             "minLr": reader.get("lr_scheduler.eta_min", float, 0.0),
         },
+        "skip": {"spikeThreshold": 0},  # InternLM skips steps whose gradients are no numbers, and no others
         "seed": 1024,
         "validateEverySteps": reader.get("data.valid_every", int, 0),
         "logEverySteps": 1,
@@ -354,7 +353,21 @@ def _parallel(reader: _Reader) -> dict[str, Any]:
             "parallel.weight", f"is {weight}: shard parameters by parallel.zero in a manifest instead"
         )
     optimizer = split * zero1 if zero1 > 0 else -1
-    return {"zero": {"parameters": split, "gradients": split, "optimizer": optimizer}}
+    zero = {"parameters": split, "gradients": split, "optimizer": optimizer}
+    return {"zero": zero, "recompute": _recompute(reader)}
+
+
+def _recompute(reader: _Reader) -> str:
+    """Recomputed blocks: InternLM takes False, True or a share of the layers, in 0.1 by a second field."""
+    asked = reader.get("model.checkpoint", (bool, int, float), False)
+    share = float(asked)
+    if share and "model.checkpoint_fraction" in reader.config.lines:
+        share = reader.get("model.checkpoint_fraction", float, 1.0)
+    reader.get("model.checkpoint_fraction", float)
+    if not 0 <= share <= 1:
+        reader.refuse("model.checkpoint", f"is {share}, which is no share of the layers from 0 to 1")
+    percent = round(share * 100)
+    return {0: "none", 100: "full"}.get(percent, f"{percent}%")
 
 
 def _size(reader: _Reader, path: str, default: int) -> int:

@@ -25,9 +25,11 @@ def folder(path: str | None) -> Path:
 def set_flight_recorder(path: str | None, environment: MutableMapping[str, str]) -> None:
     """Have NCCL's flight recorder on, and leave `flight-recorder-RANK` when a collective times out.
 
-    To be called before the process group is made.  What the environment says already stays.  The files are read by
-    `python -m torch.distributed.flight_recorder.fr_trace`.
+    To be called before the process group is made.  What the environment says already stays.  `torchfrtrace`, which
+    comes with PyTorch, reads the files.
     """
+    if not torch.cuda.is_available():
+        return
     target = folder(path)
     try:
         target.mkdir(parents=True, exist_ok=True)
@@ -35,9 +37,9 @@ def set_flight_recorder(path: str | None, environment: MutableMapping[str, str])
         log.warning("%s: cannot be made: %s; a hang will leave no record there", target, error)
         return
     for name, value in {
-        "TORCH_NCCL_TRACE_BUFFER_SIZE": "2000",
+        "TORCH_FR_BUFFER_SIZE": "2000",
         "TORCH_NCCL_DUMP_ON_TIMEOUT": "1",
-        "TORCH_NCCL_DEBUG_INFO_TEMP_FILE": str(target / "flight-recorder-"),
+        "TORCH_FR_DUMP_TEMP_FILE": str(target / "flight-recorder-"),
     }.items():
         environment.setdefault(name, value)
 
