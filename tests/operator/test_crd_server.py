@@ -128,7 +128,7 @@ BAD = {
     "a bound that itself is refused": (edited(training__optimizer__lr=0), "spec.training.optimizer.lr: "),
     "a word that is none of the options": (
         edited(training__precision="fp8"),
-        'spec.training.precision: Unsupported value: "fp8": supported values: "bf16", "fp32"',
+        'spec.training.precision: Unsupported value: "fp8": supported values: "bf16", "fp16", "fp32"',
     ),
     "a unit that does not exist": (edited(training__globalBatchTokens="4Qi"), QUANTITY),
     "a unit of bytes": (edited(training__globalBatchTokens="4KiB"), QUANTITY),
@@ -153,6 +153,14 @@ BAD = {
     "a batch that the processes do not divide": (
         edited(training__globalBatchTokens=4000),
         "spec.training.globalBatchTokens: must be a multiple of the tokens that all processes handle at once",
+    ),
+    "a batch that starts as large as it gets": (
+        edited(training__batchRampUp={"startTokens": "4Ki", "incrementTokens": "1Ki", "overTokens": "1M"}),
+        "spec.training.batchRampUp.startTokens: must be less than training.globalBatchTokens",
+    ),
+    "a batch that grows past its size": (
+        edited(training__batchRampUp={"startTokens": "1Ki", "incrementTokens": "2Ki", "overTokens": "1M"}),
+        "spec.training.batchRampUp.incrementTokens: must be a multiple of the tokens",
     ),
     "a row shorter than a sequence": (
         edited(training={"steps": 1, "microBatchTokens": 64}),
@@ -207,6 +215,9 @@ BAD = {
 FINE = {
     "the least": edited(nodes=DELETE, processesPerNode=DELETE, training={"steps": 1}),
     "a preset": edited(model={"preset": "internlm-20b"}, training={"tokens": "200B"}),
+    "a batch that grows": edited(
+        training__batchRampUp={"startTokens": "1Ki", "incrementTokens": 1024, "overTokens": "1.5B"}
+    ),
     "a fraction of a unit": edited(training={"tokens": "1.5M", "globalBatchTokens": "0.512k"}),
     "null for nothing": edited(
         model__preset=None, parallel=None, nodes=None, training__globalBatchTokens=None

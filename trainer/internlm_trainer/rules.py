@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from internlm_trainer.config import TrainSpec, row_tokens
+from internlm_trainer.config import TrainSpec, global_batch_tokens, row_tokens
 
 
 def cel_quantity(path: str) -> str:
@@ -39,6 +39,13 @@ _CEL_ROW = (
 )
 
 
+_RAMP = "self.training.batchRampUp"
+_CEL_AT_ONCE = f"{_CEL_ROW} * {CEL_WORLD_SIZE}"
+_CEL_BATCH = cel_quantity("self.training.globalBatchTokens")
+_CEL_FULL_BATCH = f"(has(self.training.globalBatchTokens) ? {_CEL_BATCH} : {_CEL_AT_ONCE})"
+_CEL_START, _CEL_INCREMENT = cel_quantity(f"{_RAMP}.startTokens"), cel_quantity(f"{_RAMP}.incrementTokens")
+
+
 def _cel_divides(small: str, large: str) -> str:
     return f"({small} > 0 && {large} % ({small}) == 0)"
 
@@ -53,6 +60,22 @@ def _preset_or_shape(spec: TrainSpec, _: int) -> bool:
     if model.preset:
         return not any((*shape, model.kv_heads, model.ffn_size))
     return all(shape)
+
+
+def _ramp_starts(spec: TrainSpec, world_size: int) -> bool:
+    ramp = spec.training.batch_ramp_up
+    return ramp is None or (
+        ramp.start_tokens % (row_tokens(spec) * world_size) == 0
+        and ramp.start_tokens < global_batch_tokens(spec, world_size)
+    )
+
+
+def _ramp_arrives(spec: TrainSpec, world_size: int) -> bool:
+    ramp = spec.training.batch_ramp_up
+    return ramp is None or (
+        ramp.increment_tokens % (row_tokens(spec) * world_size) == 0
+        and (global_batch_tokens(spec, world_size) - ramp.start_tokens) % ramp.increment_tokens == 0
+    )
 
 
 def _divides(small: int, large: int) -> bool:
@@ -125,6 +148,20 @@ TRAINING_RULES: tuple[Rule, ...] = (
             s.training.global_batch_tokens is None
             or s.training.global_batch_tokens % (row_tokens(s) * n) == 0
         ),
+    ),
+    Rule(
+        "training.batchRampUp.startTokens",
+        "must be less than training.globalBatchTokens, and a multiple of the tokens that all processes handle at once",
+        f"!has({_RAMP}) || ({_cel_divides(_CEL_AT_ONCE, _CEL_START)} && {_CEL_START} < {_CEL_FULL_BATCH})",
+        _ramp_starts,
+    ),
+    Rule(
+        "training.batchRampUp.incrementTokens",
+        "must be a multiple of the tokens that all processes handle at once, and lead from startTokens to "
+        "training.globalBatchTokens in whole increments",
+        f"!has({_RAMP}) || ({_cel_divides(_CEL_AT_ONCE, _CEL_INCREMENT)} && "
+        f"({_CEL_FULL_BATCH} - {_CEL_START}) % {_CEL_INCREMENT} == 0)",
+        _ramp_arrives,
     ),
     Rule(
         "training.schedule.warmupSteps",

@@ -26,9 +26,17 @@ from internlm_trainer.errors import UserError
 from internlm_trainer.inputs import open_inputs
 from internlm_trainer.kernels import attention
 from internlm_trainer.kernels.attention import Documents
-from internlm_trainer.model.internlm import InternLM, decays, initialise, parameter_count, parameter_generator
-from internlm_trainer.optim.adamw import MasterAdamW
+from internlm_trainer.model.internlm import (
+    InternLM,
+    decays,
+    hidden_matrices,
+    initialise,
+    parameter_count,
+    parameter_generator,
+)
 from internlm_trainer.optim.guard import SkipGuard
+from internlm_trainer.optim.loss_scale import LossScale
+from internlm_trainer.optim.optimizer import MasterOptimizer
 from internlm_trainer.optim.schedule import learning_rate
 from internlm_trainer.parallel.compile import apply_compile
 from internlm_trainer.parallel.hybrid_zero import HybridZero
@@ -44,7 +52,7 @@ from internlm_trainer.telemetry.stopwatch import Stopwatch
 
 log = logging.getLogger(__name__)
 
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 # In the order in which they hear of a step: values are told before they are saved.
 CALLBACKS: tuple[type[Callback], ...] = (
     Profiling,
@@ -92,7 +100,6 @@ class Trainer:
         training, shape = spec.training, config.model_shape(spec.model)
         sinks = world.together(lambda: asked_sinks(name, spec))
         self.row_tokens = config.row_tokens(spec)
-        self.accumulation = config.gradient_accumulation(spec, world.size)
         self.total_steps = config.total_steps(spec, world.size)
 
         store = CheckpointStore(
@@ -128,8 +135,15 @@ class Trainer:
         )
         apply_recompute(model.blocks, shape, spec.parallel.recompute)
         apply_compile(model.blocks, spec.parallel.compile, world.device, self.row_tokens)
-        self.optimizer = MasterAdamW(self.zero, training.optimizer)
-        self.guard = SkipGuard(training.skip, world.device)
+        self.optimizer = world.together(
+            lambda: MasterOptimizer(
+                self.zero, training.optimizer, rows=lambda name: hidden_matrices(name, shape)
+            )
+        )
+        loss_scale = LossScale(training.loss_scale, self.micro_batches(0), world.device)
+        self.guard = SkipGuard(
+            training.skip, world.device, loss_scale if training.precision == "fp16" else None
+        )
         self.step = self.start_step = self.tokens = 0
         self.stopwatch, self.heartbeat = Stopwatch(world.device), Heartbeat(world.rank)
         first_copy = self.zero.layout.coordinates(world.rank)[3] == 0  # replicas hold the same
@@ -159,7 +173,7 @@ class Trainer:
         """One optimizer step."""
         world, training = self.world, self.spec.training
         with self.section("data"):
-            micro_batches = self.accumulation * world.size
+            micro_batches = self.micro_batches(self.tokens)
             rows = self.loader.next_step(micro_batches, range(world.rank, micro_batches, world.size))
             # The mean is over the tokens that carry loss in all rows of all ranks, so no layout changes it.
             mine = sum(int((row.labels != IGNORED).sum()) for row in rows)
@@ -171,13 +185,13 @@ class Trainer:
                 self.zero.micro_batch(last=index == len(rows) - 1)
                 row_loss = self.loss(row)
                 loss = row_loss / max(labels, 1)
-                loss.backward()
+                self.guard.scaled(loss).backward()
                 total += loss.detach()
                 row_losses.append(row_loss.detach())
         with self.section("reduce", on_device=True):
             self.zero.reduced()
         with self.section("optimizer", on_device=True):
-            norm = self.zero.clip(training.optimizer.clip_grad_norm)
+            norm = self.zero.clip(training.optimizer.clip_grad_norm, self.guard.scale)
             lr = learning_rate(training, self.step, self.total_steps)
             self.step += 1
             # Replicas may add up the norm in another order: what is judged is the same everywhere, to the bit.
@@ -188,6 +202,10 @@ class Trainer:
         self.tokens += self.row_tokens * micro_batches
         last = stop or self.step == self.total_steps
         return StepResult(self.step, common[0], norm, lr, last, rows, row_losses)
+
+    def micro_batches(self, tokens: int) -> int:
+        """Of all ranks, in the step after `tokens` tokens of training."""
+        return config.batch_tokens(self.spec, self.world.size, tokens) // self.row_tokens
 
     def section(self, name: str, *, on_device: bool = False) -> AbstractContextManager[None]:
         """A part of the loop, whose time is told under this name."""
@@ -237,7 +255,7 @@ class Trainer:
         self.saver.restore(checkpoint, self.pieces())
         if guard := checkpoint.state.get("guard"):
             self.guard.load_state_dict(guard)
-        self.optimizer.set_step(self.step - self.guard.read().skipped)
+        self.optimizer.set_step(self.step, self.guard.read().skipped)
         if name := self.optimizer.bad_parameter():
             raise UserError(
                 f"{checkpoint.committed.uri}: {name} holds numbers that are infinite or none; remove that "

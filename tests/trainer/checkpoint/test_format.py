@@ -136,7 +136,15 @@ def test_every_element_of_every_kind_must_be_written_exactly_once(pieces, senten
 
 def test_a_kind_that_lacks_a_whole_parameter_is_not_covered():
     pieces = shard(piece(0, 10), piece(0, 3, "v"), piece(0, 3, "v", kind="exp_avg"))
-    assert uncovered({"w": (10,), "v": (3,)}, [pieces]) == "exp_avg of w ends at element 0 of 10"
+    sentence = uncovered({"w": (10,), "v": (3,)}, [pieces])
+    assert sentence == "w has ['master'] alone, and others have 2 kinds"
+
+
+def test_parameters_of_different_optimizers_have_different_kinds():
+    pieces = [piece(0, 10), piece(0, 3, "v"), piece(0, 3, "v", kind="exp_avg"), piece(0, 10, kind="momentum")]
+    assert uncovered({"w": (10,), "v": (3,)}, [shard(*pieces)]) is None
+    pieces[-1] = piece(0, 9, kind="momentum")
+    assert uncovered({"w": (10,), "v": (3,)}, [shard(*pieces)]) == "momentum of w ends at element 9 of 10"
 
 
 def manifest(state: object = None, step: int = 100) -> Manifest:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
+
 from trainer.loop.conftest import Channel
-from trainer.loop.jobs import Running, TinyJob, steps, weights
+from trainer.loop.jobs import Running, TinyJob, losses, steps, weights
 
 Make = Callable[..., TinyJob]
 # Small batches, and a threshold that ordinary steps reach.
@@ -67,3 +70,41 @@ def test_steps_that_are_skipped_without_end_end_the_job_before_its_next_checkpoi
     assert "training.skip.maxInARow (3)" in run.message["message"]
     assert "Traceback" not in run.log
     assert {file: file.read_bytes() for file in job.checkpoints.rglob("*") if file.is_file()} == kept
+
+
+def test_every_state_of_scale_moments_and_momentum_is_in_a_checkpoint_for_this_and_other_layouts(
+    tiny: Make, tmp_path: Path
+) -> None:
+    optimizer = {"name": "muon", "lr": 0.01, "stateType": "bf16", "beta2Exponent": 0.8}
+    ramp = {"startTokens": 256, "incrementTokens": 256, "overTokens": "2.56k"}
+    training = {"steps": 40, "precision": "fp16", "optimizer": optimizer, "batchRampUp": ramp}
+    # A first scale that overflows, and that has grown again by the time of the checkpoint.
+    training |= {"lossScale": {"initial": 2**30, "growthSteps": 4}}
+    whole = tiny(folder=tmp_path / "whole", training=training)
+    run = whole.torchrun()
+    assert run.end() == 0, run.log
+    expected = losses(run.log)
+    assert 1 in skips(run)
+    assert expected[40] < expected[1] - 0.5
+    for number, zero in enumerate([(1, 1, 2), (2, 2, 2)]):
+        job = tiny(folder=tmp_path / f"part-{number}", training=training, zero=zero)
+        shutil.copytree(whole.checkpoints / "step-00000020", job.checkpoints / "step-00000020")
+        run = job.torchrun()
+        assert run.end() == 0, run.log
+        found = losses(run.log)
+        assert sorted(found) == list(range(21, 41))
+        if zero == (1, 1, 2):
+            assert weights(job.checkpoints, 40) == weights(whole.checkpoints, 40)
+        else:
+            # fp16 has 11 bits; 20 steps of it.
+            assert [found[step] for step in found] == pytest.approx(
+                [expected[step] for step in found], abs=0.05
+            )
+
+
+def test_a_job_that_asks_for_apex_where_it_is_not_is_refused(tiny: Make) -> None:
+    job = tiny(processes=1, zero=(1, 1, 1), training={"optimizer": {"lr": 0.01, "backend": "apex"}})
+    run = job.alone()
+    assert run.end() == 65, run.log
+    assert "spec.training.optimizer.backend: apex" in run.message["message"]
+    assert "Traceback" not in run.log

@@ -11,8 +11,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from internlm_trainer.config import SkipSpec
+from internlm_trainer.config import LossScaleSpec, SkipSpec
 from internlm_trainer.optim.guard import Counts, SkipGuard
+from internlm_trainer.optim.loss_scale import LossScale
 
 CPU = torch.device("cpu")
 NAN, INF = math.nan, math.inf
@@ -108,8 +109,14 @@ def test_with_another_window_the_counts_go_on_and_the_window_fills_anew() -> Non
     assert run(after, [(99.0, 1.0)], 10) == [False]
 
 
-def test_what_mends_itself_is_skipped_and_counted_but_not_as_one_of_many_in_a_row() -> None:
-    guard = SkipGuard(spec(), CPU)
-    for number, expected in enumerate([True, False, True, False], 1):
-        assert guard.judge(number, torch.tensor(2.0), torch.tensor(INF), torch.tensor(expected))
-    assert guard.read() == Counts(4, 2, 4)
+def test_an_overflow_in_fp16_is_skipped_and_counted_but_not_as_one_of_many_in_a_row() -> None:
+    guard = SkipGuard(spec(), CPU, LossScale(LossScaleSpec(initial=4), 1, CPU))
+    counts, scales = [], []
+    for number in range(1, 5):
+        assert guard.judge(number, torch.tensor(2.0), torch.tensor(INF))
+        counts.append(guard.read().in_a_row)
+        scales.append(float(guard.scale or 0))
+    assert scales == [2.0, 1.0, 1.0, 1.0]
+    assert counts == [0, 0, 1, 2]  # at the smallest scale it is no matter of scale any more
+    assert guard.judge(5, torch.tensor(NAN), torch.tensor(NAN))
+    assert guard.read() == Counts(5, 3, 5)

@@ -1,6 +1,6 @@
 """Trains a small model in every layout that it is given, as one of torchrun's processes.
 
-Arguments: output folder, precision, layouts as JSON.  Rank 0 writes what each layout gave.
+Arguments: output folder, precision, layouts and a job's optimizer as JSON.  Rank 0 writes what each layout gave.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ import torch.nn.functional as F  # noqa: N812
 from internlm_trainer.config import ModelShape, OptimizerSpec, ZeroSpec
 from internlm_trainer.kernels import attention
 from internlm_trainer.kernels.attention import Documents
-from internlm_trainer.model.internlm import InternLM, decays, initialise
-from internlm_trainer.optim.adamw import MasterAdamW
+from internlm_trainer.model.internlm import InternLM, decays, hidden_matrices, initialise
+from internlm_trainer.optim.optimizer import MasterOptimizer
 from internlm_trainer.parallel.hybrid_zero import HybridZero
 from internlm_trainer.parallel.layout import ZeroLayout
 
@@ -25,7 +25,9 @@ SHAPE = ModelShape(3, 64, 4, 2, 128, 300, 1e-6, 10000, True)
 STEPS, ROWS, LENGTHS = 20, 8, (20, 12, 32)
 
 
-def train(degrees: tuple[int, int, int], dtype: torch.dtype, device: torch.device) -> dict[str, object]:
+def train(
+    degrees: tuple[int, int, int], dtype: torch.dtype, device: torch.device, spec: OptimizerSpec
+) -> dict[str, object]:
     """Losses and gradient norms of 20 steps over the same 8 rows a step, and the final master weights."""
     rank, world = dist.get_rank(), dist.get_world_size()
     with torch.device("meta"):
@@ -44,7 +46,7 @@ def train(degrees: tuple[int, int, int], dtype: torch.dtype, device: torch.devic
         initialise=fill,
         decays=decays,
     )
-    optimizer = MasterAdamW(zero, OptimizerSpec())
+    optimizer = MasterOptimizer(zero, spec, rows=lambda name: hidden_matrices(name, SHAPE))
     documents = Documents.of(LENGTHS, device)
     tokens = sum(LENGTHS)
     generator = torch.Generator().manual_seed(5)
@@ -74,6 +76,7 @@ def train(degrees: tuple[int, int, int], dtype: torch.dtype, device: torch.devic
 
 def main() -> None:
     folder, precision, degrees = Path(sys.argv[1]), sys.argv[2], json.loads(sys.argv[3])
+    spec = OptimizerSpec.model_validate_json(sys.argv[4] if len(sys.argv) > 4 else "{}")
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
     torch.set_num_threads(1)
     if torch.cuda.is_available():
@@ -85,7 +88,7 @@ def main() -> None:
         device = torch.device("cpu")
         dist.init_process_group("gloo")
     for one in degrees:
-        result = train(tuple(one), dtype, device)
+        result = train(tuple(one), dtype, device, spec)
         if dist.get_rank() == 0:
             name = f"{dist.get_world_size()}-{precision}-" + "-".join(map(str, one))
             torch.save(result, folder / f"{name}.pt")

@@ -22,9 +22,11 @@ another order, which moves the last bit (1.2e-7) of a sum; Adam divides by the g
 enlarge it.  In bf16 the rounding of activations is the same on all layouts, since rows are never split."""
 
 
-def run(folder: Path, processes: int, precision: str, layouts: list[tuple[int, int, int]]) -> None:
+def run(
+    folder: Path, processes: int, precision: str, layouts: list[tuple[int, int, int]], optimizer: str = "{}"
+) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    command += [str(RANKS), str(folder), precision, json.dumps(layouts)]
+    command += [str(RANKS), str(folder), precision, json.dumps(layouts), optimizer]
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr
 

@@ -14,6 +14,7 @@ from internlm_trainer.data.packing import Row
 from internlm_trainer.errors import Diverged
 from internlm_trainer.machine import card
 from internlm_trainer.optim.guard import Counts
+from internlm_trainer.optim.schedule import beta2
 from internlm_trainer.telemetry.flops import causal_flops, full_flops, peak_flops
 from internlm_trainer.telemetry.memory import peaks
 from internlm_trainer.telemetry.tally import Sums, Tally, source_names
@@ -44,14 +45,15 @@ class Progress(Callback):
             return
         course = torch.stack((result.loss, result.grad_norm))
         # One transfer from the device; steps and counts are far below 2^53.
-        common, sums = self._tally.reduce(torch.cat((course.double(), trainer.guard.counts.double())))
-        loss, norm, *counted = common
+        scale = course.new_ones(1) if trainer.guard.scale is None else trainer.guard.scale.reshape(1)
+        found = (course.double(), scale.double(), trainer.guard.counts.double())
+        (loss, norm, loss_scale, *counted), sums = self._tally.reduce(torch.cat(found))
         counts = Counts(*map(int, counted))
         if counts.in_a_row:
             self._check_course(result.step, loss, norm, counts)
         trainer.telemetry.skipped(counts.skipped, counts.last)
         values: dict[str, float] = {"step": result.step, "loss": loss, "grad_norm": norm, "lr": result.lr}
-        values["inf_nan_skip_batches"] = counts.skipped
+        values |= {"loss_scale": loss_scale, "inf_nan_skip_batches": counts.skipped}
         trainer.telemetry.measured(values | self._speed(sums) | self._batch(result.rows) | self._losses(sums))
 
     def _speed(self, sums: Sums) -> dict[str, float]:
@@ -85,7 +87,7 @@ class Progress(Callback):
             "largest_length": max(row.max_seqlen for row in rows),
             "largest_batch": max(samples),
             "smallest_batch": min(samples),
-            "adam_beta2": self.trainer.spec.training.optimizer.betas[1],
+            "adam_beta2": beta2(self.trainer.spec.training.optimizer, self.trainer.step - 1),
         }
 
     def _losses(self, sums: Sums) -> dict[str, float]:

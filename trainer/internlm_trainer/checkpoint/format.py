@@ -229,18 +229,25 @@ def _manifest(content: dict[str, Any]) -> Manifest:
 
 
 def uncovered(parameters: Mapping[str, tuple[int, ...]], shards: Iterable[ShardEntry]) -> str | None:
-    """What keeps the shards from holding every element of every parameter exactly once, for each kind that
-    occurs: a sentence, or None."""
+    """What keeps the shards from holding every element of every parameter exactly once, for each kind that the
+    parameter has: a sentence, or None.  Parameters of different optimizers have different kinds of state."""
     ranges: dict[tuple[str, str], list[tuple[int, int]]] = defaultdict(list)
     for shard in shards:
         for piece in shard.pieces:
             if piece.parameter not in parameters:
                 return f"{shard.file} holds {piece.parameter}, which is no parameter"
-            ranges[piece.kind, piece.parameter].append((piece.start, piece.stop))
-    for kind in sorted({kind for kind, _ in ranges}):
-        for parameter, shape in parameters.items():
+            ranges[piece.parameter, piece.kind].append((piece.start, piece.stop))
+    found: dict[str, list[str]] = {parameter: [] for parameter in parameters}
+    for parameter, kind in sorted(ranges):
+        found[parameter].append(kind)
+    most = max(map(len, found.values()), default=0)
+    for parameter, shape in parameters.items():
+        kinds = found[parameter]
+        if len(kinds) < min(most, 2):
+            return f"{parameter} has {kinds or 'nothing'} alone, and others have {most} kinds"
+        for kind in kinds:
             end, size = 0, prod(shape)
-            for start, stop in sorted(ranges[kind, parameter]):
+            for start, stop in sorted(ranges[parameter, kind]):
                 if start != end:
                     problem = "missing" if start > end else "written twice"
                     low, high = sorted((start, end))

@@ -15,12 +15,21 @@ from internlm_trainer.config.data import DataSpec, PrepareSpec, SourceSpec
 from internlm_trainer.config.model import ModelShape, ModelSpec, model_shape
 from internlm_trainer.config.parallel import ParallelSpec, ZeroSpec
 from internlm_trainer.config.telemetry import METRICS_PORT, TelemetrySpec
-from internlm_trainer.config.training import OptimizerSpec, ScheduleSpec, SkipSpec, TrainingSpec
+from internlm_trainer.config.training import (
+    BatchRampUpSpec,
+    LossScaleSpec,
+    OptimizerSpec,
+    ScheduleSpec,
+    SkipSpec,
+    TrainingSpec,
+)
 
 __all__ = [
     "METRICS_PORT",
+    "BatchRampUpSpec",
     "CheckpointSpec",
     "DataSpec",
+    "LossScaleSpec",
     "ModelShape",
     "ModelSpec",
     "OptimizerSpec",
@@ -34,6 +43,7 @@ __all__ = [
     "TrainSpec",
     "TrainingSpec",
     "ZeroSpec",
+    "batch_tokens",
     "global_batch_tokens",
     "gradient_accumulation",
     "model_shape",
@@ -76,10 +86,27 @@ def gradient_accumulation(spec: TrainSpec, world_size: int) -> int:
     return global_batch_tokens(spec, world_size) // (row_tokens(spec) * world_size)
 
 
+def batch_tokens(spec: TrainSpec, world_size: int, consumed: int) -> int:
+    """Tokens of the step before which the job has trained on `consumed` tokens."""
+    full, ramp = global_batch_tokens(spec, world_size), spec.training.batch_ramp_up
+    if ramp is None:
+        return full
+    increments = (full - ramp.start_tokens) // ramp.increment_tokens
+    return min(full, ramp.start_tokens + consumed * increments // ramp.over_tokens * ramp.increment_tokens)
+
+
 def total_steps(spec: TrainSpec, world_size: int) -> int:
     """Optimizer steps of the whole job."""
-    training = spec.training
+    training, full = spec.training, global_batch_tokens(spec, world_size)
     if training.steps:
         return training.steps
     assert training.tokens
-    return -(-training.tokens // global_batch_tokens(spec, world_size))
+    steps = consumed = 0
+    if ramp := training.batch_ramp_up:
+        increments = (full - ramp.start_tokens) // ramp.increment_tokens
+        for grown in range(increments):
+            end = min(-(-(grown + 1) * ramp.over_tokens // increments), training.tokens)
+            size = ramp.start_tokens + grown * ramp.increment_tokens
+            more = max(0, -((consumed - end) // size))
+            steps, consumed = steps + more, consumed + more * size
+    return steps + max(0, -((consumed - training.tokens) // full))

@@ -10,23 +10,31 @@ from internlm_trainer.config.base import Spec, Tokens
 
 
 class OptimizerSpec(Spec):
-    """AdamW with fp32 master weights."""
+    """The optimizer of the fp32 master weights."""
 
-    name: Literal["adamw"] = "adamw"
-    """The optimizer."""
+    name: Literal["adamw", "muon"] = "adamw"
+    """AdamW for everything, or Muon for the matrices of the blocks and AdamW for the rest."""
     lr: Annotated[float, Field(gt=0, le=1)] = 4e-5
     """Peak learning rate."""
     betas: Annotated[list[Annotated[float, Field(ge=0, lt=1)]], Field(min_length=2, max_length=2)] = [
         0.9,
         0.95,
     ]
-    """Decay rates of the first and second moment."""
+    """Decay rates of AdamW's first and second moment."""
+    beta2_exponent: Annotated[float, Field(ge=0, le=10)] = 0.0
+    """c > 0: the second moment's decay rate grows with the step as 1 - step^-c, from where that exceeds betas[1]."""
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.95
+    """Decay rate of Muon's momentum."""
     eps: Annotated[float, Field(gt=0, le=0.1)] = 1e-8
     """Added to the root of the second moment."""
     weight_decay: Annotated[float, Field(ge=0, le=1)] = 0.01
     """Decoupled weight decay of matrices; norms and biases are not decayed."""
     clip_grad_norm: Annotated[float, Field(ge=0, le=1e6)] = 1.0
     """Largest global gradient norm; 0 switches clipping off."""
+    state_type: Literal["fp32", "bf16"] = "fp32"
+    """Type of the moments. bf16, rounded stochastically, halves their memory."""
+    backend: Literal["auto", "torch", "apex"] = "auto"
+    """Kernels of AdamW: PyTorch's fused ones, or apex's where it is installed. auto is PyTorch's."""
 
 
 class ScheduleSpec(Spec):
@@ -53,6 +61,26 @@ class SkipSpec(Spec):
     """Skipped steps in a row after which the job ends, with the reason Diverged."""
 
 
+class LossScaleSpec(Spec):
+    """Dynamic loss scaling, for fp16 alone."""
+
+    initial: Annotated[int, Field(ge=1, le=2**30)] = 65536
+    """First scale of a micro-batch's loss; halved whenever gradients overflow."""
+    growth_steps: Annotated[int, Field(ge=1, le=1000000)] = 2000
+    """Steps without an overflow after which the scale is doubled."""
+
+
+class BatchRampUpSpec(Spec):
+    """A global batch that starts small and grows in equal increments to globalBatchTokens."""
+
+    start_tokens: Tokens
+    """Tokens of the first step."""
+    increment_tokens: Tokens
+    """Tokens by which the batch grows at a time."""
+    over_tokens: Tokens
+    """Tokens of training after which the batch is whole; the increments are equally far apart."""
+
+
 class TrainingSpec(Spec):
     """How long, in which batches and with which optimizer the model is trained."""
 
@@ -68,8 +96,12 @@ class TrainingSpec(Spec):
     micro_batch_tokens: Tokens | None = None
     """Tokens of one packed row, that is of a rank's micro-batch, where it is no multiple of seqLen; at least
     seqLen."""
-    precision: Literal["bf16", "fp32"] = "bf16"
-    """Type of parameters and activations. Master weights and optimizer states are fp32 always."""
+    batch_ramp_up: BatchRampUpSpec | None = None
+    """Smaller batches at the beginning."""
+    precision: Literal["bf16", "fp16", "fp32"] = "bf16"
+    """Type of parameters and activations; fp16 is for cards without bf16. Master weights are fp32 always."""
+    loss_scale: LossScaleSpec = LossScaleSpec()
+    """Loss scaling in fp16."""
     optimizer: OptimizerSpec = OptimizerSpec()
     """The optimizer and its settings."""
     schedule: ScheduleSpec = ScheduleSpec()

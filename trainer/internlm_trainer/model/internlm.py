@@ -151,6 +151,16 @@ def decays(name: str) -> bool:
     return not name.endswith("bias") and "norm" not in name
 
 
+def hidden_matrices(name: str, shape: ModelShape) -> tuple[int, ...]:
+    """Rows of each matrix that lies in a block's 2-dim weight; none for embedding, head, norms and biases."""
+    if not name.startswith("blocks.") or not decays(name):
+        return ()
+    head_dim = shape.hidden_size // shape.heads
+    if "Wqkv" in name:
+        return shape.heads * head_dim, shape.kv_heads * head_dim, shape.kv_heads * head_dim
+    return (shape.ffn_size if name.endswith(("w1.weight", "w2.weight")) else shape.hidden_size,)
+
+
 def parameter_count(shape: ModelShape) -> int:
     """Parameters of the model; 7.32 billion for InternLM-7B."""
     with torch.device("meta"):

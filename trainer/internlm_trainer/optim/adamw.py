@@ -1,94 +1,124 @@
-"""AdamW on the fp32 master shards of Hybrid ZeRO, and its states as pieces of parameters.
-
-Loshchilov and Hutter, arXiv:1711.05101; the arithmetic is PyTorch's fused kernel.
-"""
+"""AdamW on parts of the fp32 master weights.  Loshchilov and Hutter, arXiv:1711.05101."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import NamedTuple
+import importlib.util
 
 import torch
 from torch import Tensor
+from torch.optim.adamw import adamw
 
 from internlm_trainer.config import OptimizerSpec
-from internlm_trainer.parallel.hybrid_zero import HybridZero
-from internlm_trainer.parallel.layout import Span
+from internlm_trainer.errors import UserError
+from internlm_trainer.optim.state import Part, store
 
-KINDS = ("master", "exp_avg", "exp_avg_sq")
-
-
-class StatePiece(NamedTuple):
-    """This rank's part of one parameter's master weight or optimizer state."""
-
-    kind: str
-    parameter: str
-    span: Span
-    """Elements of the flattened parameter."""
-    values: Tensor
-    """A 1-dim fp32 view of the live state, on the device."""
+KINDS = ("exp_avg", "exp_avg_sq")
 
 
-class MasterAdamW:
-    """Updates `zero`'s master weights from its reduced gradients."""
+class AdamW:
+    """Updates what decays and what does not, with the arithmetic of PyTorch's fused kernel or of apex's."""
 
-    def __init__(self, zero: HybridZero, spec: OptimizerSpec) -> None:
-        decayed, other = zero.master_groups()
-        groups = [
-            {"params": decayed, "weight_decay": spec.weight_decay},
-            {"params": other, "weight_decay": 0.0},
-        ]
-        self.zero = zero
-        self.optimizer = torch.optim.AdamW(
-            [group for group in groups if group["params"]],
-            lr=spec.lr,
-            betas=(spec.betas[0], spec.betas[1]),
-            eps=spec.eps,
-            fused=True,
+    def __init__(self, decayed: list[Part], other: list[Part], spec: OptimizerSpec) -> None:
+        self.groups = [(decayed, spec.weight_decay), (other, 0.0)]
+        self.parts, self.spec = [*decayed, *other], spec
+        device = self.parts[0].weight.device if self.parts else torch.device("cpu")
+        # Updates done: a tensor, since only the device knows whether one was skipped.
+        self.updates = torch.zeros((), device=device)
+        self.update = _apex_update if choose_backend(spec.backend, device) == "apex" else _torch_update
+
+    def step(self, step: int, lr: float, beta2: float, skip: Tensor) -> None:
+        """Update `step`, unless `skip` (0-dim bool)."""
+        skip = skip.to(self.updates.device)
+        self.updates += ~skip
+        for parts, weight_decay in self.groups:
+            settings = (self.updates, skip, lr, (self.spec.betas[0], beta2), self.spec.eps, weight_decay)
+            if self.spec.state_type == "fp32":
+                self.update(parts, [[part.states[kind] for part in parts] for kind in KINDS], *settings)
+                continue
+            for part in parts:  # one by one, so that their fp32 copies do not all exist at once
+                moments = [part.states[kind].float() for kind in KINDS]
+                self.update([part], [[moment] for moment in moments], *settings)
+                for number, (kind, moment) in enumerate(zip(KINDS, moments, strict=True)):
+                    store(part.states[kind], moment, part.span.start, 2 * step + number)
+
+
+def choose_backend(asked: str, device: torch.device) -> str:
+    """`torch` or `apex`.  Raises UserError where apex is asked for and cannot be used.
+
+    `auto` is PyTorch's: both kernels are bound by memory alone, and this one is always there.
+    """
+    if asked != "apex":
+        return "torch"
+    missing = next((name for name in ("apex", "amp_C") if importlib.util.find_spec(name) is None), None)
+    if missing:
+        raise UserError(
+            f"spec.training.optimizer.backend: apex is asked for, and its module {missing} is not installed; "
+            "install apex with its CUDA extensions, or set the backend to auto"
         )
-        # The states live in buffers of our own, so that they can be saved and restored by parameter.
-        self.steps = torch.zeros((), dtype=torch.float32, device=zero.buckets[0].master.device)
-        self.moments = {
-            kind: [torch.zeros_like(bucket.master) for bucket in zero.buckets] for kind in KINDS[1:]
-        }
-        start_of = {bucket.master.untyped_storage().data_ptr(): i for i, bucket in enumerate(zero.buckets)}
-        for weight in (w for group in self.optimizer.param_groups for w in group["params"]):
-            index = start_of[weight.untyped_storage().data_ptr()]
-            part = slice(weight.storage_offset(), weight.storage_offset() + weight.numel())
-            self.optimizer.state[weight] = {
-                "step": self.steps.clone(),
-                **{kind: buffers[index][part] for kind, buffers in self.moments.items()},
-            }
+    if device.type != "cuda":
+        raise UserError(
+            f"spec.training.optimizer.backend: apex needs the optimizer states on a GPU, and they are on the "
+            f"{device.type}; set the backend to auto"
+        )
+    return "apex"
 
-    def step(self, lr: float, skip: Tensor | None = None) -> None:
-        """One update; needs `zero.clip` before and `zero.publish` after.
 
-        skip: 0-dim bool on the device; where it is true, nothing changes, whatever the gradients are.
-        """
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        # The fused kernel's own way to leave an update out, made for gradient scaling; nothing waits for the value.
-        self.optimizer.found_inf = None if skip is None else skip.float()  # type: ignore[attr-defined]
-        self.optimizer.step()
+def _torch_update(
+    parts: list[Part],
+    moments: list[list[Tensor]],
+    updates: Tensor,
+    skip: Tensor,
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+) -> None:
+    before = updates - (~skip).float()  # the kernel counts the update at hand itself
+    adamw(
+        [part.weight for part in parts],
+        [part.gradient for part in parts],
+        moments[0],
+        moments[1],
+        max_exp_avg_sqs=[],
+        state_steps=[before.clone() for _ in parts],
+        fused=True,
+        found_inf=skip.float(),  # made for gradient scaling: where it is 1, the kernel does nothing at all
+        amsgrad=False,
+        beta1=betas[0],
+        beta2=betas[1],
+        lr=lr,
+        weight_decay=weight_decay,
+        eps=eps,
+        maximize=False,
+    )
 
-    def set_step(self, step: int) -> None:
-        """Updates done so far, for Adam's bias correction."""
-        for state in self.optimizer.state.values():
-            state["step"].fill_(step)
 
-    def bad_parameter(self) -> str | None:
-        """A parameter of which this rank holds an element that is no finite number; waits for the device."""
-        for piece in self.pieces():
-            if piece.kind == "master" and not piece.values.isfinite().all():
-                return piece.parameter
-        return None
+def _apex_update(
+    parts: list[Part],
+    moments: list[list[Tensor]],
+    updates: Tensor,
+    skip: Tensor,
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+) -> None:
+    import amp_C
+    from apex.multi_tensor_apply import multi_tensor_applier
 
-    def pieces(self) -> Iterator[StatePiece]:
-        """Every state that this rank holds; replicas hold the same ones."""
-        for index, bucket in enumerate(self.zero.buckets):
-            flats = {"master": bucket.master, **{kind: self.moments[kind][index] for kind in KINDS[1:]}}
-            for entry, part in bucket.layout.pieces(bucket.optimizer_span):
-                inside = Span(part.start - entry.span.start, part.stop - entry.span.start)
-                own = slice(part.start - bucket.optimizer_span.start, part.stop - bucket.optimizer_span.start)
-                for kind in KINDS:
-                    yield StatePiece(kind, entry.name, inside, flats[kind][own])
+    if not parts:
+        return
+    adam_w, bias_correction = 1, 1
+    multi_tensor_applier(
+        amp_C.multi_tensor_adam_capturable,  # the kernel under FusedAdam(capturable=True)
+        skip.int().reshape(1),  # its overflow buffer: where it is 1, the kernel does nothing at all
+        [[part.gradient for part in parts], [part.weight for part in parts], *moments],
+        torch.full((1,), lr, device=updates.device),
+        *betas,
+        eps,
+        updates.int().reshape(1),
+        adam_w,
+        bias_correction,
+        weight_decay,
+        torch.ones(1, device=updates.device),
+    )

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from internlm_trainer.config import SkipSpec
+from internlm_trainer.optim.loss_scale import LossScale
 
 MAD_TO_DEVIATION = 1.4826
 """A normal distribution's standard deviation, in median absolute deviations."""
@@ -40,19 +41,27 @@ class SkipGuard:
     what is normal after half a window.  Were they left out, such a job would never take a step again.
     """
 
-    def __init__(self, spec: SkipSpec, device: torch.device) -> None:
-        self.spec = spec
+    def __init__(self, spec: SkipSpec, device: torch.device, loss_scale: LossScale | None = None) -> None:
+        self.spec, self.loss_scale = spec, loss_scale
         # Rows: loss, gradient norm.  A ring; the next step goes to column `seen % window`.
         self.window = torch.zeros(2, spec.window, device=device)
         self.columns = torch.arange(spec.window, device=device)
         self.seen = torch.zeros((), dtype=torch.int64, device=device)
         self.counts = torch.zeros(len(Counts._fields), dtype=torch.int64, device=device)
 
-    def judge(self, step: int, loss: Tensor, grad_norm: Tensor, expected: Tensor | None = None) -> Tensor:
+    @property
+    def scale(self) -> Tensor | None:
+        """What losses are multiplied by before the backward: 0-dim on the device."""
+        return self.loss_scale.scale if self.loss_scale else None
+
+    def scaled(self, loss: Tensor) -> Tensor:
+        return loss * self.loss_scale.scale if self.loss_scale else loss
+
+    def judge(self, step: int, loss: Tensor, grad_norm: Tensor) -> Tensor:
         """Whether to skip the update of `step` (1 is the first): 0-dim bool on the device.
 
-        loss, grad_norm: 0-dim fp32, to the bit the same on all ranks.  expected: whether what makes the step bad is
-        an ordinary event that mends itself (0-dim bool); it is skipped and counted, but not as one of many in a row.
+        loss, grad_norm: 0-dim fp32, to the bit the same on all ranks; without the loss scale, which adapts here.
+        A gradient that overflowed for its scale alone is skipped and counted, but not as one of many in a row.
         """
         values = torch.stack((loss, grad_norm))
         finite = values.isfinite().all()
@@ -64,7 +73,10 @@ class SkipGuard:
         torch.where(here, values[:, None], self.window, out=self.window)
         self.seen += finite
         skipped, in_a_row, last = self.counts
-        more = in_a_row + 1 if expected is None else in_a_row + (~expected).long()
+        more = in_a_row + 1
+        if self.loss_scale:
+            more = torch.where(self.loss_scale.overflowed(loss, grad_norm), in_a_row, more)
+            self.loss_scale.update(grad_norm)
         self.counts = torch.stack((skipped + skip, torch.where(skip, more, 0), torch.where(skip, step, last)))
         return skip
 
@@ -85,6 +97,7 @@ class SkipGuard:
             "counts": self.counts.tolist(),
             "loss": self.window[0].tolist(),
             "gradNorm": self.window[1].tolist(),
+            "lossScale": self.loss_scale and self.loss_scale.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -93,6 +106,8 @@ class SkipGuard:
         if len(state["loss"]) == self.spec.window:
             self.seen.fill_(state["seen"])
             self.window.copy_(torch.tensor([state["loss"], state["gradNorm"]]))
+        if self.loss_scale and (scale := state.get("lossScale")):
+            self.loss_scale.load_state_dict(scale)
 
 
 def _median(rows: Tensor) -> Tensor:

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from internlm_trainer.config import ZeroSpec
 from internlm_trainer.parallel.bucket import Bucket
-from internlm_trainer.parallel.layout import Span, ZeroLayout, bucket_layout
+from internlm_trainer.parallel.layout import ZeroLayout, bucket_layout
 from internlm_trainer.parallel.mesh import Mesh, Streams
 
 ALIGNMENT = 64  # elements: keeps every shard of every bucket aligned for vector loads and for NCCL
@@ -154,10 +154,11 @@ class HybridZero:
             bucket.release()
         self.reducing.clear()
 
-    def clip(self, max_norm: float) -> Tensor:
+    def clip(self, max_norm: float, loss_scale: Tensor | None = None) -> Tensor:
         """Wait for the gradients and scale them down to a global norm of `max_norm` (0: leave them).
 
-        Returns the norm before scaling, a 0-dim fp32 tensor on the device; nothing waits for its value, but with
+        loss_scale: what the losses were multiplied by, 0-dim on the device; the gradients are divided by it.
+        Returns the norm before clipping, a 0-dim fp32 tensor on the device; nothing waits for its value, but with
         offload the host, which scales the gradients.
         """
         self.reduced()
@@ -168,9 +169,11 @@ class HybridZero:
         squares = torch.stack(torch._foreach_norm(gradients)).square().sum().to(self.device)
         if self.mesh.shard_group is not None:
             dist.all_reduce(squares, group=self.mesh.shard_group)
-        norm = squares.sqrt()
-        if max_norm:
-            factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+        norm = squares.sqrt() if loss_scale is None else squares.sqrt() / loss_scale
+        factor = (max_norm / (norm + 1e-6)).clamp(max=1.0) if max_norm else None
+        if loss_scale is not None:
+            factor = 1 / loss_scale if factor is None else factor / loss_scale
+        if factor is not None:
             torch._foreach_mul_(gradients, factor.to(gradients[0].device))
         return norm
 
@@ -178,25 +181,6 @@ class HybridZero:
         """After an update of the master weights: round them and gather them where they are used."""
         for bucket in self.buckets:
             bucket.publish()
-
-    def master_groups(self) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-        """(decayed, not decayed) fp32 master weights for a torch optimizer; `.grad` is bound to the reduced
-        gradients."""
-        decayed: list[nn.Parameter] = []
-        other: list[nn.Parameter] = []
-        for bucket in self.buckets:
-            own = bucket.optimizer_span
-            end = bucket.layout.decayed.stop
-            for target, span in (
-                (decayed, own.meet(Span(0, end))),
-                (other, own.meet(Span(end, bucket.layout.padded))),
-            ):
-                if span:
-                    part = slice(span.start - own.start, span.stop - own.start)
-                    weight = nn.Parameter(bucket.master[part])
-                    weight.grad = bucket.master_grad[part]
-                    target.append(weight)
-        return decayed, other
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Every parameter's shape."""
