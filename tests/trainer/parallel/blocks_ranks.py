@@ -15,7 +15,7 @@ import torch.nn.functional as F  # noqa: N812
 from internlm_trainer.config import ModelShape, OptimizerSpec, ZeroSpec
 from internlm_trainer.kernels.attention import Documents
 from internlm_trainer.model.internlm import InternLM, decays, initialise
-from internlm_trainer.optim.adamw import MasterAdamW
+from internlm_trainer.optim.optimizer import MasterOptimizer
 from internlm_trainer.parallel.compile import apply_compile
 from internlm_trainer.parallel.hybrid_zero import HybridZero
 from internlm_trainer.parallel.layout import ZeroLayout
@@ -50,7 +50,7 @@ def train(degrees: tuple[int, int, int], recompute: str, compile: str) -> dict[s
     )
     apply_recompute(model.blocks, SHAPE, recompute)
     apply_compile(model.blocks, compile, cpu, TOKENS)
-    optimizer = MasterAdamW(zero, OptimizerSpec())
+    optimizer = MasterOptimizer(zero, OptimizerSpec())
     generator = torch.Generator().manual_seed(5)
     losses, graphs = [], []
     for lengths in DOCUMENTS:
