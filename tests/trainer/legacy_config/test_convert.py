@@ -234,3 +234,11 @@ def test_a_missing_tokenizer_or_folder_names_the_option_that_gives_it() -> None:
         conversion("", Machine())
     with pytest.raises(UserError, match="by --train-folder"):
         conversion("\ndata = dict(seq_len=8, micro_bsz=1, total_steps=2)")
+
+
+def test_fp16_and_a_growing_beta2_are_taken_over() -> None:
+    shape = "num_layers=2, hidden_size=64, num_attention_heads=4, vocab_size=512"
+    text = f"\nbeta2_scheduler = dict(init_beta2=0.98, c=0.8)\nmodel = dict({shape}, dtype='torch.float16')"
+    found = spec(text)["training"]
+    assert found["precision"] == "fp16"
+    assert found["optimizer"]["beta2Exponent"] == 0.8

@@ -41,7 +41,7 @@ _WITHOUT_EFFECT: Mapping[str, str] = {
     "data.empty_cache_and_diag_interval": "",
     "data.diag_outlier_ratio": "",
     "data.num_worker": "",
-    "grad_scaler": "loss scaling is for fp16",
+    "grad_scaler": "fp16 has PyTorch's defaults, in training.lossScale; the others need no scaling",
     "hybrid_zero_optimizer.zero_overlap_communication": "",
     "hybrid_zero_optimizer.overlap_sync_grad": "",
     "hybrid_zero_optimizer.overlap_sync_param": "",
@@ -60,12 +60,16 @@ _FIXED: tuple[tuple[str, tuple[Any, ...], Any], ...] = (
     ("data.rampup_batch_size", ("", None), ""),
     ("loss.label_smoothing", (0, None), 0),
     ("lr_scheduler.init_steps", (0,), 0),
-    ("beta2_scheduler.c", (0,), 0),
     ("model.embed_grad_scale", (1,), 1),
     ("model.apply_post_layer_norm", (False,), False),
     ("model.norm_type", ("rmsnorm",), "rmsnorm"),
 )
-_PRECISIONS = {"torch.bfloat16": "bf16", "torch.float32": "fp32", "torch.tf32": "fp32"}
+_PRECISIONS = {
+    "torch.bfloat16": "bf16",
+    "torch.float16": "fp16",
+    "torch.float32": "fp32",
+    "torch.tf32": "fp32",
+}
 _MODEL_TYPES = ("INTERNLM", "INTERNLM2", "INTERNLM2_PUBLIC")
 
 
@@ -286,7 +290,7 @@ def _training(reader: _Reader, world_size: int) -> dict[str, Any]:
     if precision not in _PRECISIONS:
         reader.refuse(
             "model.dtype",
-            f"is {precision!r} (InternLM's default is fp16); use one of {', '.join(_PRECISIONS)}",
+            f"is {precision!r}; use one of {', '.join(_PRECISIONS)}",
         )
     if precision == "torch.tf32":
         reader.note("model.dtype", "fp32 without TF32 is used")
@@ -302,8 +306,8 @@ def _training(reader: _Reader, world_size: int) -> dict[str, Any]:
     beta2 = reader.get("adam.adam_beta2", float, 0.95)
     if reader.get("beta2_scheduler.init_beta2", float, beta2) != beta2:
         reader.refuse("beta2_scheduler.init_beta2", f"must be adam.adam_beta2, {beta2}")
-    if reader.get("adam.adam_beta2_c", (int, float), 0):
-        reader.get("beta2_scheduler.c", (int, float), 0)  # adam's is only a name for it
+    reader.get("adam.adam_beta2_c", (int, float), 0)  # only a name for the scheduler's
+    exponent = reader.get("beta2_scheduler.c", (int, float), 0)
     decay = reader.get("adam.weight_decay", float, 0.01)
     if decay:
         reader.note("adam.weight_decay", "norms and biases are not decayed here; InternLM decays them too")
@@ -321,7 +325,8 @@ def _training(reader: _Reader, world_size: int) -> dict[str, Any]:
             "eps": reader.get("adam.adam_eps", float, 1e-8),
             "weightDecay": decay,
             "clipGradNorm": reader.get("hybrid_zero_optimizer.clip_grad_norm", float, 0.0),
-        },
+        }
+        | ({"beta2Exponent": exponent} if exponent > 0 else {}),
         "schedule": {
             "name": "cosine",
             "warmupSteps": int(steps * reader.get("lr_scheduler.warmup_ratio", float, 0.0)),
