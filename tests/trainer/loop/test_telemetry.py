@@ -16,7 +16,7 @@ import pytest
 
 from trainer.loop.jobs import Corpus, Running, TinyJob, free_port, weights
 
-STEPS = 40
+STEPS = 24
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 Values = Mapping[str, float]
 """Numbers of a step by name; docs/telemetry.md says what they are.  `loss/NAME` is the loss of source NAME."""
 
-CLOSE_SECONDS = 10.0
+CLOSE_SECONDS = 30.0
 WAITING_VALUES = 1000
 
 
