@@ -184,6 +184,7 @@ def _container(job: Object, spec: JobSpec, attempt: int, index: int, settings: S
     namespace, name = job["metadata"]["namespace"], job["metadata"]["name"]
     environment = {
         "INTERNLM_JOB_FILE": f"{CONFIG_DIR}/job.yaml",
+        "INTERNLM_JOB_UID": job["metadata"]["uid"],
         "INTERNLM_ATTEMPT": str(attempt),
         "INTERNLM_REPORT_URL": settings.channel_url + report_path(namespace, name),
         "INTERNLM_REPORT_TOKEN_FILE": f"{TOKEN_DIR}/token",

@@ -203,10 +203,10 @@ class Jobs:
         )
 
     def weights(self, name: str, step: int) -> list[tuple[str, str]]:
-        """(file, digest) of the shards of a job's checkpoint: the fp32 weights and the optimizer's states."""
+        """(rank, digest) of the shards of a job's checkpoint: the fp32 weights and the optimizer's states."""
         folder = self.url(f"checkpoints/{name}/step-{step:08d}")
         manifest = json.loads(self.store.cat(f"{folder}/manifest.json"))
-        return [(shard["file"], shard["digest"]) for shard in manifest["shards"]]
+        return [(shard["file"][: len("shard-00000")], shard["digest"]) for shard in manifest["shards"]]
 
 
 @dataclass(frozen=True)

@@ -88,6 +88,7 @@ def test_a_worker_has_no_right_in_the_cluster_but_a_token_for_its_job() -> None:
     assert [source["serviceAccountToken"]["audience"] for source in projected] == ["internlmjob/default/job"]
     environment = {e["name"]: e["value"] for e in trainer(worker())["env"]}
     assert environment["INTERNLM_ATTEMPT"] == "3"
+    assert environment["INTERNLM_JOB_UID"]
     assert environment["INTERNLM_REPORT_URL"] == (
         "https://internlm-operator.system.svc:8443/v1/namespaces/default/internlmjobs/job/report"
     )
@@ -138,6 +139,7 @@ def test_a_template_is_merged_as_kubectl_would() -> None:
     environment = {e["name"]: e["value"] for e in container["env"]}
     assert (environment["HOME"], environment["X"]) == ("/data", "1")
     assert environment["INTERNLM_ATTEMPT"] == "3"
+    assert environment["INTERNLM_JOB_UID"]
     assert {m["mountPath"] for m in container["volumeMounts"]} >= {"/data", "/tmp", "/etc/internlm"}
     assert container["resources"]["limits"] == {"nvidia.com/gpu": "1", "memory": "1Gi"}
     assert [c["name"] for c in spec["containers"]] == ["trainer", "sidecar"]

@@ -4,10 +4,11 @@ them is found here, the cheap checks before the long work, and told alike on all
 from __future__ import annotations
 
 import logging
+import os
 from typing import Any, NamedTuple
 
 from internlm_trainer import config
-from internlm_trainer.checkpoint import CheckpointStore, check_store
+from internlm_trainer.checkpoint import CheckpointStore, check_store, claim_store
 from internlm_trainer.config import TrainSpec
 from internlm_trainer.data.loader import RowLoader, validation_rows
 from internlm_trainer.data.packing import Row
@@ -28,9 +29,23 @@ class Inputs(NamedTuple):
     """This rank's part of the validation rows."""
 
 
-def open_inputs(spec: TrainSpec, store: CheckpointStore, world: Processes) -> Inputs:
+def open_store(name: str, spec: TrainSpec) -> CheckpointStore:
+    """Where the job `name` saves."""
+    asked = spec.checkpoint
+    return CheckpointStore(
+        asked.path,
+        config.model_shape(spec.model)._asdict(),
+        asked.keep,
+        name,
+        patience=asked.retry_seconds,
+        keep_every=asked.keep_every_steps,
+    )
+
+
+def open_inputs(spec: TrainSpec, store: CheckpointStore, world: Processes, attempt: int) -> Inputs:
     """Raises UserError, alike on all ranks."""
     check_store(store, world)
+    claim_store(store, world, os.environ.get("INTERNLM_JOB_UID", ""), attempt)
     world.first(lambda: _prepare(spec))
     tokenizer = world.together(lambda: load_tokenizer(spec.data.tokenizer))
     vocab_size = config.model_shape(spec.model).vocab_size

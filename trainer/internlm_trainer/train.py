@@ -23,7 +23,7 @@ from internlm_trainer.checkpoint import Checkpoint, CheckpointStore, Piece, Save
 from internlm_trainer.config import TrainSpec
 from internlm_trainer.data.packing import IGNORED, Row
 from internlm_trainer.errors import UserError
-from internlm_trainer.inputs import open_inputs
+from internlm_trainer.inputs import open_inputs, open_store
 from internlm_trainer.kernels import attention
 from internlm_trainer.kernels.attention import Documents
 from internlm_trainer.model.internlm import (
@@ -69,8 +69,10 @@ def train(name: str, spec: TrainSpec, world: Processes, attempt: int) -> int:
 
     Raises UserError for bad input, before the first step; Stopped after a save, when asked to stop; StepFailed.
     """
-    trainer = Trainer(name, spec, world, attempt)
+    store = open_store(name, spec)
     with ExitStack() as stack:
+        stack.callback(store.release)
+        trainer = Trainer(name, spec, store, world, attempt)
         stack.callback(trainer.close)
         callbacks = [kind(trainer) for kind in CALLBACKS]
         for callback in callbacks:
@@ -95,22 +97,16 @@ def train(name: str, spec: TrainSpec, world: Processes, attempt: int) -> int:
 class Trainer:
     """A job's parts, put together, and one step of training."""
 
-    def __init__(self, name: str, spec: TrainSpec, world: Processes, attempt: int) -> None:
+    def __init__(
+        self, name: str, spec: TrainSpec, store: CheckpointStore, world: Processes, attempt: int
+    ) -> None:
         self.spec, self.world = spec, world
         training, shape = spec.training, config.model_shape(spec.model)
         sinks = world.together(lambda: asked_sinks(name, spec))
         self.row_tokens = config.row_tokens(spec)
         self.total_steps = config.total_steps(spec, world.size)
 
-        store = CheckpointStore(
-            spec.checkpoint.path,
-            shape._asdict(),
-            spec.checkpoint.keep,
-            name,
-            keep_every=spec.checkpoint.keep_every_steps,
-            patience=spec.checkpoint.retry_seconds,
-        )
-        self.tokenizer, self.loader, self.held_out = open_inputs(spec, store, world)
+        self.tokenizer, self.loader, self.held_out = open_inputs(spec, store, world, attempt)
 
         if spec.telemetry.memory_history:
             record_memory(world.device)

@@ -1,7 +1,7 @@
 """One training process, as torchrun starts it: `python -m internlm_trainer.worker`.
 
-Environment: INTERNLM_JOB_FILE (the manifest), INTERNLM_ATTEMPT, INTERNLM_TERMINATION_LOG, and the job channel's
-INTERNLM_REPORT_URL, INTERNLM_REPORT_TOKEN_FILE and INTERNLM_REPORT_CA_FILE.
+Environment: INTERNLM_JOB_FILE (the manifest), INTERNLM_JOB_UID, INTERNLM_ATTEMPT, INTERNLM_TERMINATION_LOG, and the
+job channel's INTERNLM_REPORT_URL, INTERNLM_REPORT_TOKEN_FILE and INTERNLM_REPORT_CA_FILE.
 """
 
 from __future__ import annotations

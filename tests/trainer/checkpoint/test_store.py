@@ -22,7 +22,6 @@ from trainer.checkpoint.states import (
     pieces,
     resume,
     save,
-    snapshot,
     write,
 )
 
@@ -127,13 +126,18 @@ def test_an_abandoned_save_leaves_nothing_and_a_committed_one_cannot_be_abandone
     assert_holds(store.open(10), 10)
 
 
-def test_saving_a_step_again_ends_the_old_checkpoint_before_the_first_byte(url):
-    store = open_store(url)
-    save(store, 100)
-    store.write_shard(100, 0, snapshot(100, 0, 2))
-    assert store.candidates() == []
-    save(store, 100, world=3)
-    assert_holds(store.open(100), 100)
+def test_another_runs_checkpoint_of_a_step_stays_whole_until_the_new_one_takes_its_place(url):
+    save(open_store(url), 100)
+    again = open_store(url)
+    again.writer = "another"
+    entries = write(again, 100, world=3)
+    assert_holds(open_store(url).open(100), 100)
+    again.commit(100, entries, {"step": 100}, PARAMETERS)
+    assert_holds(open_store(url).open(100), 100)
+    assert sorted(again.folder.names("step-00000100")) == [
+        "manifest.json",
+        *(f"shard-0000{rank}-another.bin" for rank in range(3)),
+    ]
 
 
 def test_a_save_without_all_elements_is_a_bug_and_commits_nothing(url):

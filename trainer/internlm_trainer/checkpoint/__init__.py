@@ -3,7 +3,7 @@
 from internlm_trainer.checkpoint.errors import BadCheckpoint, SaveFailed, StorageUnavailable
 from internlm_trainer.checkpoint.format import ShardEntry, step_name
 from internlm_trainer.checkpoint.load import Checkpoint, CommittedCheckpoint
-from internlm_trainer.checkpoint.resume import Alone, Collective, check_store, newest_good
+from internlm_trainer.checkpoint.resume import Alone, Collective, check_store, claim_store, newest_good
 from internlm_trainer.checkpoint.saver import Failed, Saved, Saver
 from internlm_trainer.checkpoint.snapshot import Snapshot
 from internlm_trainer.checkpoint.store import CheckpointStore
@@ -26,6 +26,7 @@ __all__ = [
     "StorageUnavailable",
     "Want",
     "check_store",
+    "claim_store",
     "newest_good",
     "step_name",
 ]

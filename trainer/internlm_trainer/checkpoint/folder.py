@@ -253,8 +253,11 @@ class Folder:
                         os.fsync(file.fileno())
                 else:
                     self.fs.pipe_file(path, data, mode="create")
-            except FileExistsError:
-                return False
+            except OSError as error:
+                # s3fs has no FileExistsError for what some stores say of a condition that does not hold.
+                if isinstance(error, FileExistsError) or "PreconditionFailed" in reason(error, self.url):
+                    return False
+                raise
             return True
 
         with self._writing(f"writing {parts[-1]}"):

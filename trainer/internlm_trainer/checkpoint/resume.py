@@ -69,6 +69,16 @@ def check_store(store: CheckpointStore, world: Collective) -> None:
             store.remove_probe(name)
 
 
+def claim_store(store: CheckpointStore, world: Collective, uid: str, attempt: int) -> None:
+    """Make the folder this run's own, until the store is released on rank 0.
+
+    `uid`: that of the job's object on a cluster, or nothing.  Raises, alike on all ranks, what
+    `CheckpointStore.claim` does.
+    """
+    names = _together(world, lambda: [store.claim(uid, attempt)] if world.rank == 0 else [])
+    store.writer = names[0]
+
+
 def newest_good(
     store: CheckpointStore, world: Collective, load: Callable[[Checkpoint], None]
 ) -> Checkpoint | None:

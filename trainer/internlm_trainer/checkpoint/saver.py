@@ -160,6 +160,7 @@ class Saver:
         job is to be given up.  `heard` takes their sums."""
         done = self._work is None or self._work.done()
         failed = self._phase is Phase.FINISHING and done and isinstance(self._result(), str)
+        self._given_up = self._given_up or self._store.lost
         return int(done), int(failed), int(bool(self._given_up))
 
     def heard(self, done: int, failed: int, given_up: int) -> None:

@@ -8,7 +8,7 @@ whole model.  Saves are committed in the order of their steps.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from typing import Any, Protocol
@@ -30,6 +30,7 @@ from internlm_trainer.checkpoint.format import (
     uncovered,
 )
 from internlm_trainer.checkpoint.load import Checkpoint, CommittedCheckpoint, open_checkpoint, stored_steps
+from internlm_trainer.checkpoint.owner import Ownership, claim_of
 from internlm_trainer.checkpoint.retention import superseded
 from internlm_trainer.errors import UserError
 
@@ -70,25 +71,47 @@ class CheckpointStore:
         self.url, self.model, self.keep, self.job = url, dict(model), keep, job
         self.keep_every = keep_every
         self.folder = Folder(url, patience)
+        self.writer = ""  # that has a part in the names of its shards, so that no other run overwrites them
+        self._owner: Ownership | None = None
         self.refused: set[int] = set()  # steps that did not verify when this job resumed
+
+    # Owning
+
+    def claim(self, uid: str, attempt: int) -> str:
+        """Make the folder this run's own, on one rank, until `release`; the run's name, to be every rank's `writer`.
+
+        Raises UserError if another job saves to it; StorageUnavailable.
+        """
+        self._owner = Ownership(self.folder, claim_of(self.job, uid, attempt))
+        self._owner.take()
+        return self._owner.run
+
+    @property
+    def lost(self) -> str:
+        """Why the folder is not this run's any more, or nothing."""
+        return self._owner.lost if self._owner else ""
+
+    def release(self) -> None:
+        """Let others have the folder.  Never raises."""
+        if self._owner:
+            self._owner.release()
+
+    def _check_owned(self) -> None:
+        if self._owner:
+            self._owner.check()
 
     # Saving
 
     def write_shard(self, step: int, rank: int, image: Image) -> ShardEntry:
         """Stream a rank's shard; what `commit` needs to know of it.
 
-        A step that is a good checkpoint already should not be saved again, since that one ends here.  Raises
-        SaveFailed.
+        Another run's checkpoint of the step stays as it is until `commit` takes its place.  Raises SaveFailed.
         """
-        file, chunks = shard_name(rank), []
-        with _saving(step):
-            # A checkpoint of this step that did not verify may still be there; it ends here, not half
-            # overwritten.
-            self.folder.remove(step_name(step), MANIFEST)
-            with self.folder.create(step_name(step), file, size=image.bytes) as write:
-                for chunk in image.chunks():
-                    chunks.append(chunk_digest(chunk))
-                    write(chunk)
+        file, chunks = shard_name(rank, self.writer), []
+        with _saving(step), self.folder.create(step_name(step), file, size=image.bytes) as write:
+            for chunk in image.chunks():
+                chunks.append(chunk_digest(chunk))
+                write(chunk)
         return ShardEntry(file, image.bytes, tuple(chunks), tuple(image.pieces))
 
     def commit(
@@ -114,8 +137,10 @@ class CheckpointStore:
             )
         )
         with _saving(step):
-            self._check_shards(step, shards)
+            self._check_owned()
+            found = self._check_shards(step, shards)
             self.folder.put(step_name(step), MANIFEST, data=data)
+        self._remove_files(step, set(found) - {shard.file for shard in shards} - {MANIFEST})
         self.refused.discard(step)
         self._remove_superseded(step)
         total = len(data) + sum(entry.bytes for entry in shards)
@@ -123,8 +148,8 @@ class CheckpointStore:
             step, self.folder.uri(step_name(step)), time_string(created), total, digest
         )
 
-    def _check_shards(self, step: int, shards: Iterable[ShardEntry]) -> None:
-        """Does the committing rank see what the others wrote?"""
+    def _check_shards(self, step: int, shards: Iterable[ShardEntry]) -> Collection[str]:
+        """Does the committing rank see what the others wrote?  All files of the step."""
         found = self.folder.names(step_name(step))
         for shard in shards:
             if found.get(shard.file) != shard.bytes:
@@ -133,6 +158,15 @@ class CheckpointStore:
                     f"finds {_bytes(found.get(shard.file))} of its {shard.bytes} bytes in {self.url}; "
                     "checkpoint.path must be a folder that all nodes share"
                 )
+        return found
+
+    def _remove_files(self, step: int, files: Iterable[str]) -> None:
+        """What other runs have left of the step."""
+        try:
+            for file in files:
+                self.folder.remove(step_name(step), file)
+        except WriteFailed as error:
+            log.warning("what an earlier run left of %s could not be removed: %s", step_name(step), error)
 
     def abandon(self, step: int) -> None:
         """Remove what a failed save has left, so that a full disk has room for the next one.
@@ -141,6 +175,7 @@ class CheckpointStore:
         raises: the next commit tries again.
         """
         try:
+            self._check_owned()
             if MANIFEST not in self.folder.names(step_name(step)):
                 self.folder.remove_folder(step_name(step))
         except (WriteFailed, StorageUnavailable, UserError) as error:
@@ -149,6 +184,7 @@ class CheckpointStore:
     def _remove_superseded(self, newest: int) -> None:
         """Removal is no part of the save: when it fails, it is said and tried again after the next one."""
         try:
+            self._check_owned()
             committed, unfinished = stored_steps(self.folder)
             for step in superseded(committed, unfinished, newest, self.keep, self.keep_every, self.refused):
                 # The manifest first: from here on the checkpoint does not exist.
