@@ -73,6 +73,8 @@ def test_a_sample_becomes_the_job_that_it_describes() -> None:
             "train": [{"path": "/data/train"}],
             "validation": [{"path": "/data/valid"}],
             "packing": "documents",
+            "minLength": 0,
+            "skipSteps": [],
         },
         "training": {
             "steps": 1000,
@@ -105,7 +107,7 @@ def test_the_file_of_a_conversion_is_a_manifest_with_its_notes_as_comments() -> 
         "# Made from c.py by internlm convert-config.\n# JOB_NAME: '13B_Train' is 'job-13b-train'"
     )
     assert "# adam.weight_decay: norms and biases are not decayed here" in text
-    assert "# grad_scaler: has no effect" in text
+    assert "# hybrid_zero_optimizer.reduce_bucket_size: has no effect" in text
 
 
 def test_internlm_7b_is_recognised() -> None:
@@ -147,6 +149,33 @@ def test_zero1_and_model_parallelism_become_three_degrees(parallel: str, zero: t
 def test_activation_checkpointing_becomes_recomputation(fields: str, recompute: str) -> None:
     model = "num_layers=4, hidden_size=2048, num_attention_heads=16, vocab_size=50000, dtype='torch.bfloat16'"
     assert spec(f"\nmodel = dict({model}, {fields})")["parallel"]["recompute"] == recompute
+
+
+def test_batches_to_skip_are_counted_from_one_here() -> None:
+    data = "seq_len=1024, micro_num=4, micro_bsz=2, total_steps=1000, train_folder='/d', min_length=50"
+    found = spec(f"\ndata = dict({data}, skip_batches='1-10,20')")["data"]
+    assert (found["skipSteps"], found["minLength"]) == (["2-11", "21"], 50)
+
+
+def test_a_growing_batch_covers_the_same_tokens() -> None:
+    data = "seq_len=1024, micro_num=4, micro_bsz=2, total_steps=1000, train_folder='/d'"
+    found = spec(f"\ndata = dict({data}, rampup_batch_size='2 1 30')")["training"]
+    unit = 2 * 1024 * 16
+    assert found["globalBatchTokens"] == 4 * unit
+    assert found["batchRampUp"] == {
+        "startTokens": 2 * unit,
+        "incrementTokens": unit,
+        "overTokens": (2 + 3) * 30 * unit,
+    }
+
+
+def test_fp16_takes_its_loss_scale_along() -> None:
+    model = "num_layers=4, hidden_size=2048, num_attention_heads=16, vocab_size=50000"
+    found = spec(
+        f"\nmodel = dict({model})\ngrad_scaler = dict(fp16=dict(initial_scale=2**10, growth_interval=7))"
+    )
+    assert found["training"]["precision"] == "fp16"
+    assert found["training"]["lossScale"] == {"initial": 1024, "growthSteps": 7}
 
 
 @pytest.mark.parametrize(("split", "micro"), [(1, 2), (2, 2), (4, 2), (8, 1)])
@@ -217,6 +246,9 @@ def test_what_internlm_is_told_outside_of_its_configuration_is_given_by_the_mach
             "ckpt = dict(save_ckpt_folder='oss2:x', checkpoint_every=1)",
             "c.py:{}: ckpt.save_ckpt_folder: is 'oss2:x'",
         ),
+        ("data = dict(data, x=1)", "c.py:{}: data.x: is not known here"),
+        ("data['skip_batches'] = 1", "c.py:{}: assigns to something that is no name"),
+        ("grad_scaler = dict(growth_factor=3)", "c.py:{}: grad_scaler.growth_factor: is 3.0; only 2.0"),
         ("JOB_NAME = 3", "c.py:{}: JOB_NAME: is 3, which is no text"),
     ],
 )

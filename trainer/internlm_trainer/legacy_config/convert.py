@@ -8,7 +8,6 @@ where it would.  The fields are those of InternLM 0.1 and 0.2 (`configs/7B_sft.p
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import yaml
@@ -16,54 +15,11 @@ import yaml
 from internlm_trainer.config.model import PRESETS
 from internlm_trainer.errors import UserError
 from internlm_trainer.legacy_config.evaluate import Config
+from internlm_trainer.legacy_config.reader import Reader
 
 MAX_STEPS = 2**31 - 1
 MAX_KEEP = 10_000
 
-# Fields that change no number here, and what there is instead; False: nothing to tell.
-_WITHOUT_EFFECT: Mapping[str, str] = {
-    "DO_ALERT": "",
-    "monitor": "alerts come from Prometheus, which reads this job's metrics",
-    "alert_address": "alerts come from Prometheus, which reads this job's metrics",
-    "cudnn_deterministic": "this model has no convolutions",
-    "cudnn_benchmark": "this model has no convolutions",
-    "resume_tb_folder": "a resumed job writes into its own folder",
-    "ckpt.async_upload": "",
-    "ckpt.async_upload_tmp_folder": "",
-    "ckpt.oss_snapshot_freq": "there are no snapshots beside checkpoints",
-    "ckpt.snapshot_ckpt_folder": "there are no snapshots beside checkpoints",
-    "ckpt.stop_file_path": "a job is stopped by Ctrl-C or spec.suspend",
-    "ckpt.load_optimizer": "a job always resumes with its optimizer states",
-    "ckpt.is_old_api": "",
-    "data.packed_length": "InternLM ignores it too: a row has micro_bsz x seq_len tokens",
-    "data.gradient_accumulation": "InternLM ignores it too: micro_num says it",
-    "data.valid_micro_num": "an evaluation looks at training.validationRows rows",
-    "data.empty_cache_and_diag_interval": "",
-    "data.diag_outlier_ratio": "",
-    "data.num_worker": "",
-    "grad_scaler": "fp16 has PyTorch's defaults, in training.lossScale; the others need no scaling",
-    "hybrid_zero_optimizer.zero_overlap_communication": "",
-    "hybrid_zero_optimizer.overlap_sync_grad": "",
-    "hybrid_zero_optimizer.overlap_sync_param": "",
-    "hybrid_zero_optimizer.reduce_bucket_size": "a bucket is a block of the model",
-    "lr_scheduler.last_epoch": "",
-    "beta2_scheduler.cur_iter": "",
-    "model.embed_split_hidden": "",
-    "model.parallel_output": "",
-    "model.use_flash_attn": "the fastest attention that fits the card is used",
-    "model.num_chunks": "",
-    "parallel.sequence_parallel": "",
-}
-# Fields that have one value here: (path, what may stand there, what InternLM does where it is left out).
-_FIXED: tuple[tuple[str, tuple[Any, ...], Any], ...] = (
-    ("data.skip_batches", ("", None), ""),
-    ("data.rampup_batch_size", ("", None), ""),
-    ("loss.label_smoothing", (0, None), 0),
-    ("lr_scheduler.init_steps", (0,), 0),
-    ("model.embed_grad_scale", (1,), 1),
-    ("model.apply_post_layer_norm", (False,), False),
-    ("model.norm_type", ("rmsnorm",), "rmsnorm"),
-)
 _PRECISIONS = {
     "torch.bfloat16": "bf16",
     "torch.float16": "fp16",
@@ -100,7 +56,7 @@ def convert(config: Config, machine: Machine) -> Conversion:
 
     Raises UserError, with file and line, for what cannot be had here, and for what is not known.
     """
-    reader = _Reader(config)
+    reader = Reader(config)
     name = _name(reader)
     spec = {
         "nodes": machine.nodes,
@@ -131,92 +87,7 @@ def job_yaml(conversion: Conversion, source: str) -> str:
     return comment + yaml.safe_dump(conversion.manifest, sort_keys=False, allow_unicode=True)
 
 
-class _Reader:
-    """Hands out fields by path, and knows in the end which ones nobody asked for."""
-
-    def __init__(self, config: Config) -> None:
-        self.config = config
-        self.notes: list[str] = []
-        self._taken: set[str] = set()
-
-    def get(self, path: str, kind: type | tuple[type, ...], default: Any = None) -> Any:
-        """The value at `path`, of one of these types; `default` where there is none.
-
-        A boolean is no number, and a whole number may stand where a float is meant.
-        """
-        self._taken.add(path)
-        section, _, key = path.rpartition(".")
-        values = self.section(section) if section else self.config.values
-        if key not in values:
-            return default
-        value = values[key]
-        kinds = kind if isinstance(kind, tuple) else (kind,)
-        if kind is object:
-            return value
-        if isinstance(value, bool) and bool not in kinds:
-            self.refuse(path, f"is {value}, which is no {_kinds(kinds)}")
-        if isinstance(value, int) and not isinstance(value, bool) and float in kinds and int not in kinds:
-            value = float(value)
-        if value is not None and not isinstance(value, kinds):
-            self.refuse(path, f"is {value!r:.80}, which is no {_kinds(kinds)}")
-        return default if value is None else value
-
-    def need(self, path: str, kind: type | tuple[type, ...]) -> Any:
-        value = self.get(path, kind)
-        if value is None:
-            self.refuse(path, "must be given")
-        return value
-
-    def section(self, path: str) -> Mapping[str, Any]:
-        values: Any = self.config.values
-        for part in path.split("."):
-            values = values.get(part)
-            if values is None:
-                return {}
-            if not isinstance(values, dict):
-                self.refuse(path, "must be a dict")
-        self._taken.add(path)
-        found: Mapping[str, Any] = values
-        return found
-
-    def note(self, path: str, sentence: str) -> None:
-        self.notes.append(f"{path}: {sentence}")
-
-    def refuse(self, path: str, sentence: str) -> Any:
-        self.config.refuse(path, f"{path}: {sentence}")
-
-    def settle_the_rest(self) -> None:
-        """Check the fields that must have one value; note those without effect; refuse unknown ones."""
-        for path, allowed, default in _FIXED:
-            value = self.get(path, object, default)
-            if not any(value == one and isinstance(value, bool) == isinstance(one, bool) for one in allowed):
-                self.refuse(path, f"is {value!r:.80}, which is not supported; only {allowed[0]!r} is")
-        for path, value in self._paths():
-            if path in self._taken or path in _WITHOUT_EFFECT:
-                if _WITHOUT_EFFECT.get(path) and path not in self._taken:
-                    self.note(path, f"has no effect: {_WITHOUT_EFFECT[path]}")
-            elif "." in path or not (path.isupper() or isinstance(value, str)):
-                self.refuse(
-                    path, "is not known here, and might change what is computed; take it out if it does not"
-                )
-
-    def _paths(self) -> list[tuple[str, Any]]:
-        """All fields: top-level names, and the keys of the sections that are known."""
-        found: list[tuple[str, Any]] = []
-        for name, value in self.config.values.items():
-            if name in self._taken and isinstance(value, dict):
-                found += [(f"{name}.{key}", item) for key, item in value.items()]
-            else:
-                found.append((name, value))
-        return found
-
-
-def _kinds(kinds: tuple[type, ...]) -> str:
-    words = {int: "whole number", float: "number", str: "text", bool: "boolean", dict: "dict"}
-    return " or ".join(words.get(kind, kind.__name__) for kind in kinds)
-
-
-def _name(reader: _Reader) -> str:
+def _name(reader: Reader) -> str:
     """A name that Kubernetes takes."""
     given = reader.get("JOB_NAME", str, "internlm")
     name = re.sub(r"[^a-z0-9]+", "-", given.lower()).strip("-")
@@ -227,7 +98,7 @@ def _name(reader: _Reader) -> str:
     return name
 
 
-def _model(reader: _Reader) -> dict[str, Any]:
+def _model(reader: Reader) -> dict[str, Any]:
     model_type = reader.get("model_type", str, "INTERNLM")
     if model_type not in _MODEL_TYPES:
         reader.refuse("model_type", f"is {model_type!r}; models here are {', '.join(_MODEL_TYPES)}")
@@ -253,7 +124,7 @@ def _model(reader: _Reader) -> dict[str, Any]:
     return {**shape, "seqLen": seq_len, "normEps": eps, "ropeBase": base, "attentionBias": bias}
 
 
-def _data(reader: _Reader, machine: Machine) -> dict[str, Any]:
+def _data(reader: Reader, machine: Machine) -> dict[str, Any]:
     folder = machine.train_folder or reader.get("data.train_folder", str)
     reader.get("data.train_folder", str)
     if not folder:
@@ -272,14 +143,23 @@ def _data(reader: _Reader, machine: Machine) -> dict[str, Any]:
     if valid := reader.get("data.valid_folder", str):
         data["validation"] = [{"path": _path(reader, "data.valid_folder", valid)}]
     data["packing"] = "contiguous" if reader.get("data.pack_sample_into_one", bool, False) else "documents"
-    if shortest := reader.get("data.min_length", int, 0):
-        reader.note("data.min_length", f"samples with fewer than {shortest} tokens are kept here")
+    data["minLength"] = reader.get("data.min_length", int, 0)
     if reader.get("data.min_length_dict", dict, {}):
-        reader.note("data.min_length_dict", "short samples are kept here")
+        reader.note("data.min_length_dict", "data.min_length counts for all samples here")
+    data["skipSteps"] = _skipped(reader)
     return data
 
 
-def _training(reader: _Reader, world_size: int) -> dict[str, Any]:
+def _skipped(reader: Reader) -> list[str]:
+    """Steps to skip, counted from 1; InternLM counts batches from 0: `"1-10,20"`."""
+    given = reader.get("data.skip_batches", str, "")
+    if not re.fullmatch(r"(\d+(-\d+)?(,\d+(-\d+)?)*)?", given):
+        reader.refuse("data.skip_batches", f'is {given!r}, which is no list such as "1-10,20"')
+    spans = [span.split("-") for span in given.split(",") if span]
+    return ["-".join(str(int(batch) + 1) for batch in span) for span in spans]
+
+
+def _training(reader: Reader, world_size: int) -> dict[str, Any]:
     steps = reader.need("data.total_steps", int)
     if (scheduled := reader.get("lr_scheduler.total_steps", int, steps)) != steps:
         reader.refuse(
@@ -314,10 +194,18 @@ def _training(reader: _Reader, world_size: int) -> dict[str, Any]:
     reader.note("lr_scheduler", "the last step has eta_min; InternLM's would reach it one step after")
     if reader.get("data.valid_every", int, 0) and not reader.get("data.valid_folder", str):
         reader.note("data.valid_every", "has no effect without a valid_folder")
-    return {
-        "steps": steps,
+    batch: dict[str, Any] = {
         "globalBatchTokens": sequences * seq_len * world_size,
         "microBatchSize": micro,
+    }
+    if ramp := _ramp(reader, batch["globalBatchTokens"]):
+        batch["batchRampUp"] = ramp
+    scale = _loss_scale(reader)
+    if precision == "torch.float16":
+        batch["lossScale"] = scale
+    return {
+        "steps": steps,
+        **batch,
         "precision": _PRECISIONS[precision],
         "optimizer": {
             "lr": reader.need("adam.lr", float),
@@ -339,12 +227,46 @@ def _training(reader: _Reader, world_size: int) -> dict[str, Any]:
     }
 
 
-def _model_parallel(reader: _Reader) -> int:
+def _ramp(reader: Reader, full: int) -> dict[str, int]:
+    """A growing batch from InternLM's `"start increment steps"`, in micro-batches of a rank."""
+    given = reader.get("data.rampup_batch_size", str, "")
+    if not given:
+        return {}
+    if not re.fullmatch(r"\d+ +\d+ +\d+", given):
+        reader.refuse("data.rampup_batch_size", f'is {given!r}, which is no "start increment steps"')
+    start, increment, steps = map(int, given.split())
+    whole = reader.get("data.micro_num", int, 1)
+    if not 0 < start < whole or not increment or (whole - start) % increment:
+        reader.refuse(
+            "data.rampup_batch_size", f"must lead from start to micro_num, {whole}, in whole increments"
+        )
+    reader.note(
+        "data.rampup_batch_size", "the batch grows after equally many tokens here, not equally many steps"
+    )
+    unit = full // whole
+    over = sum(size * unit * steps for size in range(start, whole, increment))
+    return {"startTokens": start * unit, "incrementTokens": increment * unit, "overTokens": over}
+
+
+def _loss_scale(reader: Reader) -> dict[str, int]:
+    """fp16's dynamic loss scale; the other precisions need none."""
+    fp16 = reader.get("grad_scaler.fp16", dict, {})
+    numbers = {"initial": fp16.get("initial_scale", 65536), "growthSteps": fp16.get("growth_interval", 1000)}
+    for field, value in numbers.items():
+        if isinstance(value, bool) or not isinstance(value, int):
+            reader.refuse("grad_scaler.fp16", f"gives {value!r} where {field} is a whole number")
+    for path, here in (("grad_scaler.growth_factor", 2.0), ("grad_scaler.backoff_factor", 0.5)):
+        if (factor := reader.get(path, float, here)) != here:
+            reader.refuse(path, f"is {factor}; only {here} is supported")
+    return numbers
+
+
+def _model_parallel(reader: Reader) -> int:
     """Ranks that InternLM would split one model over, by tensor and pipeline parallelism."""
     return _size(reader, "parallel.tensor", 1) * _size(reader, "parallel.pipeline", 1)
 
 
-def _parallel(reader: _Reader) -> dict[str, Any]:
+def _parallel(reader: Reader) -> dict[str, Any]:
     """Hybrid ZeRO in place of whatever InternLM would split: the same memory a rank for states."""
     split, zero1 = _model_parallel(reader), _size(reader, "parallel.zero1", -1)
     if split > 1:
@@ -362,7 +284,7 @@ def _parallel(reader: _Reader) -> dict[str, Any]:
     return {"zero": zero, "recompute": _recompute(reader)}
 
 
-def _recompute(reader: _Reader) -> str:
+def _recompute(reader: Reader) -> str:
     """Recomputed blocks: InternLM takes False, True or a share of the layers, in 0.1 by a second field."""
     asked = reader.get("model.checkpoint", (bool, int, float), False)
     share = float(asked)
@@ -375,7 +297,7 @@ def _recompute(reader: _Reader) -> str:
     return {0: "none", 100: "full"}.get(percent, f"{percent}%")
 
 
-def _size(reader: _Reader, path: str, default: int) -> int:
+def _size(reader: Reader, path: str, default: int) -> int:
     """A degree, given as a number or as a dict with `size`."""
     given = reader.get(path, (int, dict), default)
     if isinstance(given, dict):
@@ -388,7 +310,7 @@ def _size(reader: _Reader, path: str, default: int) -> int:
     return size
 
 
-def _checkpoint(reader: _Reader, machine: Machine, name: str) -> dict[str, Any]:
+def _checkpoint(reader: Reader, machine: Machine, name: str) -> dict[str, Any]:
     saves = reader.get("ckpt.enable_save_ckpt", bool, True)
     given = machine.save_folder or reader.get("ckpt.save_ckpt_folder", str)
     reader.get("ckpt.save_ckpt_folder", str)
@@ -402,7 +324,7 @@ def _checkpoint(reader: _Reader, machine: Machine, name: str) -> dict[str, Any]:
     return {"path": path, "everySteps": int(every), "keep": MAX_KEEP}
 
 
-def _check_start(reader: _Reader, own: str) -> None:
+def _check_start(reader: Reader, own: str) -> None:
     """Refuse to start from anything but the job's own checkpoints.
 
     InternLM 0.2 takes no notice of `load_ckpt_info` unless auto_resume is off.
@@ -429,14 +351,14 @@ def _check_start(reader: _Reader, own: str) -> None:
         reader.note(field, "a job always resumes from its newest good checkpoint")
 
 
-def _telemetry(reader: _Reader) -> dict[str, Any]:
+def _telemetry(reader: Reader) -> dict[str, Any]:
     folder = reader.get("tensorboard_folder", str)
     if folder and reader.get("enable_tb", bool, True):
         return {"tensorboard": {"path": folder}}
     return {}
 
 
-def _path(reader: _Reader, field: str, given: str) -> str:
+def _path(reader: Reader, field: str, given: str) -> str:
     """A path or URL without InternLM's prefix: `local:/p`, `boto3:s3://bucket.endpoint/p`."""
     if given.startswith("local:"):
         return given.removeprefix("local:")
