@@ -73,8 +73,6 @@ def test_a_sample_becomes_the_job_that_it_describes() -> None:
             "train": [{"path": "/data/train"}],
             "validation": [{"path": "/data/valid"}],
             "packing": "documents",
-            "minLength": 0,
-            "skipSteps": [],
         },
         "training": {
             "steps": 1000,
@@ -149,12 +147,6 @@ def test_zero1_and_model_parallelism_become_three_degrees(parallel: str, zero: t
 def test_activation_checkpointing_becomes_recomputation(fields: str, recompute: str) -> None:
     model = "num_layers=4, hidden_size=2048, num_attention_heads=16, vocab_size=50000, dtype='torch.bfloat16'"
     assert spec(f"\nmodel = dict({model}, {fields})")["parallel"]["recompute"] == recompute
-
-
-def test_batches_to_skip_are_counted_from_one_here() -> None:
-    data = "seq_len=1024, micro_num=4, micro_bsz=2, total_steps=1000, train_folder='/d', min_length=50"
-    found = spec(f"\ndata = dict({data}, skip_batches='1-10,20')")["data"]
-    assert (found["skipSteps"], found["minLength"]) == (["2-11", "21"], 50)
 
 
 def test_a_growing_batch_covers_the_same_tokens() -> None:
