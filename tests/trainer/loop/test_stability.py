@@ -32,20 +32,21 @@ def skips(run: Running) -> list[int]:
 def test_a_job_with_spikes_skips_them_and_ends_with_the_same_bits_though_it_is_killed(
     tiny: Make, channel: Channel, tmp_path: Path
 ) -> None:
-    whole = tiny(folder=tmp_path / "whole", training=SPIKY)
-    run = whole.torchrun(**channel.environment)
+    alone = {"processes": 1, "zero": (1, 1, 1), "training": SPIKY}
+    whole = tiny(folder=tmp_path / "whole", **alone)
+    run = whole.alone(**channel.environment)
     assert run.end() == 0, run.log
     reported = channel.reports[-1]["skippedSteps"]
     assert 2 <= reported < LAST / 2
 
-    job = tiny(training=SPIKY)
-    killed = job.torchrun()
+    job = tiny(**alone)
+    killed = job.alone()
     killed.wait_for("step 45/")
-    os.kill(killed.workers()[1], signal.SIGKILL)
+    os.kill(killed.process.pid, signal.SIGKILL)
     assert killed.end() != 0
     resumed = steps(job.checkpoints)[-1]
     # Something was skipped before and after, so that both counts and window mattered.
-    again = job.torchrun()
+    again = job.alone()
     assert again.end() == 0, again.log
     before, after = [step for step in skips(killed) if step <= resumed], skips(again)
     assert before
@@ -86,14 +87,14 @@ def test_every_state_of_scale_moments_and_momentum_is_in_a_checkpoint_for_this_a
     expected = losses(run.log)
     assert 1 in skips(run)
     assert expected[40] < expected[1] - 0.5
-    for number, zero in enumerate([(1, 1, 2), (2, 2, 2)]):
-        job = tiny(folder=tmp_path / f"part-{number}", training=training, zero=zero)
+    for processes, zero in ((2, (1, 1, 2)), (1, (1, 1, 1))):
+        job = tiny(folder=tmp_path / f"on-{processes}", training=training, processes=processes, zero=zero)
         shutil.copytree(whole.checkpoints / "step-00000020", job.checkpoints / "step-00000020")
-        run = job.torchrun()
+        run = job.torchrun() if processes > 1 else job.alone()
         assert run.end() == 0, run.log
         found = losses(run.log)
         assert sorted(found) == list(range(21, 41))
-        if zero == (1, 1, 2):
+        if processes == 2:
             assert weights(job.checkpoints, 40) == weights(whole.checkpoints, 40)
         else:
             # fp16 has 11 bits; 20 steps of it.

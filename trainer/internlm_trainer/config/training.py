@@ -54,9 +54,9 @@ class SkipSpec(Spec):
 
     window: Annotated[int, Field(ge=8, le=8192)] = 128
     """Steps that a step is compared with; before there are that many, nothing is a spike."""
-    spike_threshold: Annotated[int, Field(ge=0, le=1000)] = 6
-    """How far above the window's median a loss or gradient norm may be, in standard deviations estimated from the
-    median absolute deviation; 0: any finite number is good."""
+    spike_threshold: Annotated[int, Field(ge=0, le=1000)] = 10
+    """How far above the window's median the logarithm of a loss or gradient norm may be, in standard deviations
+    estimated from the median absolute deviation; 0: any finite number is good."""
     max_in_a_row: Annotated[int, Field(ge=1, le=100000)] = 10
     """Skipped steps in a row after which the job ends, with the reason Diverged."""
 

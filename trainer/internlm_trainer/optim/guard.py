@@ -3,7 +3,8 @@
 All of it is arithmetic on 0-dim and small tensors on the device, so nothing waits for the decision, and all ranks
 decide alike since they see the same numbers.  The step still counts and its data is consumed, as in OLMo's
 SkipStepOptimizer (OLMo team, 2 OLMo 2 Furious, arXiv:2501.00656); where that takes mean and deviation of the window,
-this takes median and median absolute deviation, which the outliers themselves do not move.
+this takes median and median absolute deviation, which the outliers themselves do not move, and of the logarithms:
+gradient norms spread by factors, and a healthy run has many that are some deviations above the others.
 """
 
 from __future__ import annotations
@@ -19,7 +20,9 @@ from internlm_trainer.optim.loss_scale import LossScale
 MAD_TO_DEVIATION = 1.4826
 """A normal distribution's standard deviation, in median absolute deviations."""
 SMALLEST_DEVIATION = 0.01
-"""Of the median.  What has hardly varied over a window would make a spike of the slightest change."""
+"""Of a logarithm.  What has hardly varied over a window would make a spike of the slightest change."""
+SMALLEST_VALUE = 1e-30
+"""Has a logarithm; zero has none."""
 
 
 class Counts(NamedTuple):
@@ -81,10 +84,11 @@ class SkipGuard:
         return skip
 
     def scores(self, values: Tensor) -> Tensor:
-        """Robust z-scores `[2]` of a loss and a gradient norm against a full window."""
-        median = _median(self.window)
-        deviation = MAD_TO_DEVIATION * _median((self.window - median[:, None]).abs())
-        return (values - median) / torch.maximum(deviation, SMALLEST_DEVIATION * median.abs())
+        """Robust z-scores `[2]` of the logarithms of a loss and a gradient norm against a full window."""
+        past, now = (numbers.clamp(min=SMALLEST_VALUE).log() for numbers in (self.window, values))
+        median = _median(past)
+        deviation = MAD_TO_DEVIATION * _median((past - median[:, None]).abs())
+        return (now - median) / deviation.clamp(min=SMALLEST_DEVIATION)
 
     def read(self) -> Counts:
         """The counts; waits for the device."""
