@@ -129,9 +129,15 @@ def minio(minio_server: Minio, monkeypatch: pytest.MonkeyPatch) -> Iterator[Mini
     S3FileSystem.clear_instance_cache()
 
 
+CUT, HANG, HALF = -1, -2, -3
+
+
 @dataclass
 class FaultProxy:
     """Passes requests on to an S3 server, but for those that `fault` gives a status for.
+
+    Besides statuses there are CUT, which ends the connection without an answer, HANG, which does so after two
+    seconds, and HALF, which ends it in the middle of the answer. `rewrite` may change answers' bodies.
 
     `fault` is called with the method and the path (query included) of each request, one at a time, so it may
     count. `seen` lists "METHOD path status" of all answers.
@@ -139,6 +145,7 @@ class FaultProxy:
 
     endpoint: str
     fault: Callable[[str, str], int | None] = lambda _method, _path: None
+    rewrite: Callable[[str, bytes], bytes] = lambda _path, content: content
     seen: list[str] = field(default_factory=list)
     sent: int = 0
     """Bytes of all answers' bodies."""
@@ -178,7 +185,11 @@ class _Handler(BaseHTTPRequestHandler):
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         with self.lock:
             status = self.proxy.fault(self.command, self.path)
-        if status is not None:
+        if status in (CUT, HANG):
+            time.sleep(2.0 if status == HANG else 0.0)
+            self.close_connection = True
+            return
+        if status is not None and status != HALF:
             content = (
                 f"<Error><Code>{'SlowDown' if status == 503 else 'InternalError'}</Code>"
                 "<Message>This error was made for a test.</Message></Error>"
@@ -195,12 +206,15 @@ class _Handler(BaseHTTPRequestHandler):
         headers = [
             (n, v) for n, v in answer.getheaders() if n.lower() not in ("connection", "transfer-encoding")
         ]
-        self._answer(answer.status, headers, answer.read())
+        content = self.proxy.rewrite(self.path, answer.read())
+        self._answer(answer.status, headers, content, len(content) // 2 if status == HALF else None)
         connection.close()
 
     do_GET = do_PUT = do_POST = do_DELETE = do_HEAD = _forward  # noqa: N815 - http.server's names
 
-    def _answer(self, status: int, headers: list[tuple[str, str]], content: bytes) -> None:
+    def _answer(
+        self, status: int, headers: list[tuple[str, str]], content: bytes, stop: int | None = None
+    ) -> None:
         with self.lock:
             self.proxy.seen.append(f"{self.command} {self.path} {status}")
             self.proxy.sent += len(content)
@@ -212,7 +226,9 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_header("Content-Length", str(len(content)))
         self.end_headers()
         if self.command != "HEAD":
-            self.wfile.write(content)
+            self.wfile.write(content[:stop])
+        if stop is not None:
+            self.close_connection = True
 
     def log_message(self, format: str, *args: object) -> None:
         """Quiet: the test looks at `seen`."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from internlm_trainer.commands import convert, data, job
+from internlm_trainer.commands import checkpoint, convert, data, job
 
 app = typer.Typer(
     help="Train InternLM-family language models: the same job.yaml runs here and on Kubernetes.",
@@ -14,6 +14,7 @@ app = typer.Typer(
 )
 for command in (job.validate, job.run, job.env, data.tokenize, convert.convert_config):
     app.command()(command)
+app.add_typer(checkpoint.app, name="checkpoint")
 
 
 def main() -> None:

@@ -24,6 +24,7 @@ from internlm_trainer.checkpoint import (
 from internlm_trainer.checkpoint.format import CHUNK
 from internlm_trainer.errors import UserError
 from trainer.checkpoint.states import PARAMETERS, assert_holds, on_ranks, open_store, resume, save, write
+from trainer.conftest import HALF
 
 NEWEST = "step-00000200"
 
@@ -332,3 +333,36 @@ def test_a_save_with_more_ranks_than_the_one_before_it_is_read_whole(url):
     found = resume(open_store(url))
     assert found is not None
     assert_holds(found, 200, world=2)
+
+
+def test_connections_that_break_in_the_middle_of_an_answer_cost_no_checkpoint(fault_proxy, minio):
+    url, broken = minio.bucket(), set()
+    save(open_store(url), 100)
+
+    def fault(method: str, path: str) -> int | None:
+        if method != "GET" or "step-" not in path or path in broken:
+            return None
+        broken.add(path)
+        return HALF
+
+    fault_proxy.fault = fault
+    assert_holds(resume(open_store(url, patience=60.0)), 100)
+    assert len(broken) >= 3
+
+
+def test_a_listing_that_lags_behind_fails_no_save_and_no_resume(fault_proxy, minio):
+    """As stores do that replicate; an object is known by its name before it is listed."""
+    url = minio.bucket()
+
+    def lagging(path: str, content: bytes) -> bytes:
+        if "list-type" not in path:
+            return content
+        return re.sub(rb"<Contents><Key>[^<]*shard-00001.*?</Contents>", b"", content)
+
+    fault_proxy.rewrite = lagging
+    store = open_store(url)
+    save(store, 100)
+    assert "shard-00001.bin" not in store.folder.names("step-00000100")
+    found = resume(open_store(url))
+    assert found is not None
+    assert_holds(found, 100)

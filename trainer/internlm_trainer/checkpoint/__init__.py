@@ -2,7 +2,7 @@
 
 from internlm_trainer.checkpoint.errors import BadCheckpoint, SaveFailed, StorageUnavailable
 from internlm_trainer.checkpoint.format import ShardEntry, step_name
-from internlm_trainer.checkpoint.load import Checkpoint, CommittedCheckpoint
+from internlm_trainer.checkpoint.load import Checkpoint, CommittedCheckpoint, open_checkpoint
 from internlm_trainer.checkpoint.resume import Alone, Collective, check_store, claim_store, newest_good
 from internlm_trainer.checkpoint.saver import Failed, Saved, Saver
 from internlm_trainer.checkpoint.snapshot import Snapshot
@@ -28,5 +28,6 @@ __all__ = [
     "check_store",
     "claim_store",
     "newest_good",
+    "open_checkpoint",
     "step_name",
 ]

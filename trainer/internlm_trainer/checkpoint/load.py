@@ -57,6 +57,22 @@ def stored_steps(folder: Folder) -> tuple[list[int], list[int]]:
     )
 
 
+def sizes(folder: Folder, name: str, shards: Iterable[ShardEntry]) -> Iterator[tuple[ShardEntry, int | None]]:
+    """The size of each shard as the store has it, or None for one that is not there.
+
+    What a listing does not show yet is looked up by its name, which stores know sooner.
+    """
+    listed = folder.names(name)
+    for shard in shards:
+        size = listed.get(shard.file)
+        if size != shard.bytes:
+            try:
+                size = folder.size(name, shard.file)
+            except FileNotFoundError:
+                size = None
+        yield shard, size
+
+
 def open_checkpoint(folder: Folder, step: int) -> Checkpoint:
     """The checkpoint of a step, with its manifest verified.  Raises BadCheckpoint, StorageUnavailable."""
     name = step_name(step)
@@ -118,9 +134,8 @@ class Checkpoint:
 
     def check_sizes(self) -> None:
         """Are all shards there, as long as they should be?  One listing; raises BadCheckpoint."""
-        found = self.folder.names(self.name)
-        for shard in self.manifest.shards:
-            if (size := found.get(shard.file)) is None:
+        for shard, size in sizes(self.folder, self.name, self.manifest.shards):
+            if size is None:
                 raise BadCheckpoint(self.name, f"{shard.file} is missing")
             if size != shard.bytes:
                 raise BadCheckpoint(self.name, f"{shard.file} has {size} bytes, {shard.bytes} expected")

@@ -52,6 +52,12 @@ class Claim:
     """Grows with every renewal."""
     released: bool = False
 
+    @property
+    def who(self) -> str:
+        """The owner, for people."""
+        host = self.place.split(" ")[0]
+        return f"the job {self.job!r}" + (f" on {host}" if host else "")
+
 
 class Verdict(Enum):
     """What to do about the claim that is there."""
@@ -107,15 +113,15 @@ class Ownership:
             while not self._try():
                 pass
             self._thread.start()
-            for number in self._numbers():
+            for number in _numbers(self._folder):
                 if number < self._number:
                     self._folder.remove(CLAIMS, _name(number))
         except WriteFailed as error:
             raise StorageUnavailable(f"{self._folder.url} could not be claimed: {error}") from error
 
     def _try(self) -> bool:
-        number = max(self._numbers(), default=0)
-        there = self._read(number) if number else None
+        number = _highest(self._folder)
+        there = _read(self._folder, number) if number else None
         match judge(there, self._mine, _is_running(there) if there else None):
             case Verdict.REPLACED:
                 assert there
@@ -135,13 +141,13 @@ class Ownership:
         log.warning(
             "%s is claimed by %s; waiting for up to %d s to see whether it is alive",
             self._folder.url,
-            _who(there),
+            there.who,
             LEASE,
         )
         latest: Claim | None = there
         while time.monotonic() < changed + LEASE:
             time.sleep(1.0)
-            found = self._read(number)
+            found = _read(self._folder, number)
             if found is None or found.released:
                 return
             if latest and found.beat != latest.beat:
@@ -160,15 +166,15 @@ class Ownership:
         except WriteFailed:  # some stores refuse the condition
             self._folder.put(CLAIMS, name, data=data)
             time.sleep(SETTLE)
-        found = self._read(self._number)
+        found = _read(self._folder, self._number)
         return found is not None and found.run == self._mine.run
 
     def check(self) -> None:
         """Raises WriteFailed if another has taken over, or nobody can tell."""
         try:
-            number = max(self._numbers(), default=0)
+            number = _highest(self._folder)
             if number > self._number:
-                there = self._read(number) or Claim("another job")
+                there = _read(self._folder, number) or Claim("another job")
                 self.lost = _replaced(self._folder.url, there)
         except (StorageUnavailable, UserError) as error:
             raise WriteFailed(f"looking up the owner of {self._folder.url} failed: {error}") from error
@@ -192,20 +198,32 @@ class Ownership:
         with self._lock, suppress(WriteFailed):
             self._folder.put(CLAIMS, _name(self._number), data=_encode(replace(self._mine, released=True)))
 
-    def _numbers(self) -> list[int]:
-        names = (name.removesuffix(".json") for name in self._folder.names(CLAIMS))
-        return [int(name) for name in names if name.isdecimal()]
 
-    def _read(self, number: int) -> Claim | None:
-        """A claim; one that is cut off, by a crash as it was made, says that there is one and no more."""
-        try:
-            data = self._folder.read(CLAIMS, _name(number))
-        except FileNotFoundError:
-            return None
-        try:
-            return Claim(**json.loads(data))
-        except (ValueError, TypeError):
-            return Claim("a job that left half a claim")
+def owner_of(folder: Folder) -> Claim | None:
+    """The last claim on a folder, released or not."""
+    number = _highest(folder)
+    return _read(folder, number) if number else None
+
+
+def _numbers(folder: Folder) -> list[int]:
+    names = (name.removesuffix(".json") for name in folder.names(CLAIMS))
+    return [int(name) for name in names if name.isdecimal()]
+
+
+def _highest(folder: Folder) -> int:
+    return max(_numbers(folder), default=0)
+
+
+def _read(folder: Folder, number: int) -> Claim | None:
+    """A claim; one that is cut off, by a crash as it was made, says that there is one and no more."""
+    try:
+        data = folder.read(CLAIMS, _name(number))
+    except FileNotFoundError:
+        return None
+    try:
+        return Claim(**json.loads(data))
+    except (ValueError, TypeError):
+        return Claim("a job that left half a claim")
 
 
 def _name(number: int) -> str:
@@ -216,20 +234,15 @@ def _encode(claim: Claim) -> bytes:
     return json.dumps(asdict(claim)).encode()
 
 
-def _who(claim: Claim) -> str:
-    host = claim.place.split(" ")[0]
-    return f"the job {claim.job!r}" + (f" on {host}" if host else "")
-
-
 def _refusal(url: str, there: Claim) -> str:
     return (
-        f"checkpoint.path: {url} is in use by {_who(there)}, which is running; give each job a folder of its own, or "
+        f"checkpoint.path: {url} is in use by {there.who}, which is running; give each job a folder of its own, or "
         "stop that one first"
     )
 
 
 def _replaced(url: str, there: Claim) -> str:
-    return f"attempt {there.attempt} of {_who(there)} has taken over {url}, so this one ends"
+    return f"attempt {there.attempt} of {there.who} has taken over {url}, so this one ends"
 
 
 def _place() -> str:

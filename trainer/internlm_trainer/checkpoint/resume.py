@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from typing import Protocol
+from typing import Any, Protocol
 
 from internlm_trainer.checkpoint.errors import BadCheckpoint, StorageUnavailable
 from internlm_trainer.checkpoint.format import step_name
@@ -50,6 +50,12 @@ class Alone:
 
     def agree(self, sentences: list[str]) -> list[str]:
         return sentences
+
+    def total(self, *numbers: int) -> list[int]:
+        return list(numbers)
+
+    def gather_at_first(self, mine: Any) -> list[Any]:
+        return [mine]
 
 
 def check_store(store: CheckpointStore, world: Collective) -> None:

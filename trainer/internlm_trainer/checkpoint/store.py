@@ -8,7 +8,7 @@ whole model.  Saves are committed in the order of their steps.
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from typing import Any, Protocol
@@ -29,7 +29,13 @@ from internlm_trainer.checkpoint.format import (
     time_string,
     uncovered,
 )
-from internlm_trainer.checkpoint.load import Checkpoint, CommittedCheckpoint, open_checkpoint, stored_steps
+from internlm_trainer.checkpoint.load import (
+    Checkpoint,
+    CommittedCheckpoint,
+    open_checkpoint,
+    sizes,
+    stored_steps,
+)
 from internlm_trainer.checkpoint.owner import Ownership, claim_of
 from internlm_trainer.checkpoint.retention import superseded
 from internlm_trainer.errors import UserError
@@ -138,9 +144,9 @@ class CheckpointStore:
         )
         with _saving(step):
             self._check_owned()
-            found = self._check_shards(step, shards)
+            self._check_shards(step, shards)
             self.folder.put(step_name(step), MANIFEST, data=data)
-        self._remove_files(step, set(found) - {shard.file for shard in shards} - {MANIFEST})
+        self._remove_others(step, shards)
         self.refused.discard(step)
         self._remove_superseded(step)
         total = len(data) + sum(entry.bytes for entry in shards)
@@ -148,24 +154,22 @@ class CheckpointStore:
             step, self.folder.uri(step_name(step)), time_string(created), total, digest
         )
 
-    def _check_shards(self, step: int, shards: Iterable[ShardEntry]) -> Collection[str]:
-        """Does the committing rank see what the others wrote?  All files of the step."""
-        found = self.folder.names(step_name(step))
-        for shard in shards:
-            if found.get(shard.file) != shard.bytes:
+    def _check_shards(self, step: int, shards: Iterable[ShardEntry]) -> None:
+        """Does the committing rank see what the others wrote?"""
+        for shard, size in sizes(self.folder, step_name(step), shards):
+            if size != shard.bytes:
                 raise SaveFailed(
                     f"checkpoint {step_name(step)} could not be saved: {shard.file} was written, but rank 0 "
-                    f"finds {_bytes(found.get(shard.file))} of its {shard.bytes} bytes in {self.url}; "
+                    f"finds {_bytes(size)} of its {shard.bytes} bytes in {self.url}; "
                     "checkpoint.path must be a folder that all nodes share"
                 )
-        return found
 
-    def _remove_files(self, step: int, files: Iterable[str]) -> None:
+    def _remove_others(self, step: int, shards: Iterable[ShardEntry]) -> None:
         """What other runs have left of the step."""
         try:
-            for file in files:
+            for file in self.folder.names(step_name(step)).keys() - {MANIFEST, *(s.file for s in shards)}:
                 self.folder.remove(step_name(step), file)
-        except WriteFailed as error:
+        except (WriteFailed, StorageUnavailable, UserError) as error:
             log.warning("what an earlier run left of %s could not be removed: %s", step_name(step), error)
 
     def abandon(self, step: int) -> None:

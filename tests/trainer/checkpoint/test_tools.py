@@ -1,0 +1,143 @@
+"""`internlm checkpoint`: what it shows of checkpoints, and what it makes of them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from typer.testing import CliRunner, Result
+
+from internlm_trainer.checkpoint import BadCheckpoint, Piece, Snapshot
+from internlm_trainer.checkpoint import export as exporting
+from internlm_trainer.checkpoint.tools import open_one
+from internlm_trainer.cli import app
+from trainer.checkpoint.states import PARAMETERS, open_store, save, value, write
+
+
+def internlm(*arguments: object) -> Result:
+    return CliRunner().invoke(app, ["checkpoint", *map(str, arguments)], env={"COLUMNS": "200"})
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Steps 100 and 200, one of which was never finished in between, and the claim of the job."""
+    store = open_store(str(tmp_path / "run"))
+    store.claim("", 1)
+    save(store, 100)
+    save(store, 200, world=3)
+    write(store, 250, world=1)
+    store.release()
+    return tmp_path / "run"
+
+
+def test_ls_lists_what_is_there(folder: Path) -> None:
+    shown = internlm("ls", folder)
+    assert shown.exit_code == 0
+    lines = shown.output.splitlines()
+    assert [line.split()[0] for line in lines] == ["step", "100", "200", "250"]
+    assert [line.split()[-1] for line in lines] == ["state", "complete", "complete", "unfinished"]
+    content = json.loads(internlm("ls", folder, "--json").output)
+    assert [row["shards"] for row in content["checkpoints"]] == [2, 3, None]
+    assert content["owner"]["released"]
+
+
+def test_a_folder_without_checkpoints_is_a_sentence(tmp_path: Path) -> None:
+    for command in ("ls", "verify", "export --out x", "diff x"):
+        shown = internlm(*command.split(), tmp_path / "nothing")
+        assert shown.exit_code == 65, shown.output
+        assert (
+            f"error: {tmp_path}/nothing holds no checkpoint" in shown.output or "x holds no" in shown.output
+        )
+
+
+def test_verify_reads_every_byte_and_says_what_is_wrong(folder: Path) -> None:
+    assert internlm("verify", f"{folder}/step-200").exit_code == 0
+    shard = folder / "step-00000100" / "shard-00001.bin"
+    data = bytearray(shard.read_bytes())
+    data[100] ^= 1
+    shard.write_bytes(data)
+    shown = internlm("verify", folder)
+    assert shown.exit_code == 1
+    assert "step 100: shard-00001.bin is damaged between bytes 0 and" in shown.output
+    assert "step 200: whole" in shown.output
+    assert json.loads(internlm("verify", f"{folder}/step-200", "--json").output) == {
+        "checkpoints": [{"step": 200, "problem": ""}]
+    }
+    shard.write_bytes(data[:50])
+    assert "shard-00001.bin has 50 bytes" in internlm("ls", folder).output
+
+
+def test_diff_is_silent_about_layouts_and_tells_values_apart(tmp_path: Path) -> None:
+    a, b = open_store(str(tmp_path / "a")), open_store(str(tmp_path / "b"))
+    save(a, 100, world=1)
+    save(b, 100, world=3)
+    same = internlm("diff", tmp_path / "a", tmp_path / "b")
+    assert (same.exit_code, same.output) == (0, "no difference\n")
+    values = torch.arange(6.0)
+    for store, change in ((a, 0.0), (b, 0.5)):
+        changed = values.clone()
+        changed[2] += change
+        pieces = [Piece("master", "w", 0, 6, changed)]
+        store.commit(200, [store.write_shard(200, 0, Snapshot().take(pieces))], {}, {"w": (2, 3)})
+    shown = internlm("diff", tmp_path / "a", tmp_path / "b", "--json")
+    assert shown.exit_code == 1
+    [found] = json.loads(shown.output)["differences"]
+    assert (found["parameter"], found["differ"], found["elements"]) == ("w", 1, 6)
+    assert found["largest"] == 0.5
+    assert found["relative"] == pytest.approx(0.5 / 55**0.5)
+    assert "1 of 6" in internlm("diff", tmp_path / "a", tmp_path / "b").output
+    other = internlm("diff", f"{tmp_path}/a/step-100", tmp_path / "b", "--kind", "master")
+    assert "only in the first" in other.output
+    assert "exp_avg" not in other.output
+
+
+@pytest.mark.parametrize(("dtype", "largest"), [("fp32", 10**9), ("bf16", 10**9), ("fp32", 1700)])
+def test_exported_weights_are_those_of_the_checkpoint(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str, largest: int
+) -> None:
+    monkeypatch.setattr(exporting.export, "__defaults__", (*exporting.export.__defaults__[:-1], largest))
+    shown = internlm("export", folder, "--out", tmp_path / "out", "--dtype", dtype, "--json")
+    assert shown.exit_code == 0, shown.output
+    files = json.loads(shown.output)["files"]
+    assert sorted(files) == sorted(path.name for path in (tmp_path / "out").iterdir())
+    found: dict[str, torch.Tensor] = {}
+    for file in files:
+        if file.endswith(".safetensors"):
+            found |= load_file(tmp_path / "out" / file)
+    for name, shape in PARAMETERS.items():
+        expected = value("master", name, shape, 200).view(shape)
+        assert torch.equal(
+            found[name], expected.to(getattr(torch, {"fp32": "float32", "bf16": "bfloat16"}[dtype]))
+        )
+    if largest == 1700:
+        index = json.loads((tmp_path / "out" / files[-1]).read_text())
+        assert set(index["weight_map"]) == set(PARAMETERS)
+        assert len(files) == 4
+        assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in found.values())
+
+
+def test_export_goes_on_to_the_newer_one_when_a_job_removes_what_it_reads(
+    folder: Path, tmp_path: Path
+) -> None:
+    seen = []
+
+    def export_while_removed(checkpoint, *arguments):
+        seen.append(checkpoint.step)
+        if len(seen) == 1:
+            save(open_store(str(folder), keep=1), 300)
+        return whole(checkpoint, *arguments)
+
+    whole = exporting.export
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(exporting, "export", export_while_removed)
+        shown = internlm("export", folder, "--out", tmp_path / "out")
+    assert shown.exit_code == 0, shown.output
+    assert seen == [200, 300]
+    gone = internlm("export", folder, "--out", tmp_path / "out", "--step", 200)
+    assert gone.exit_code == 65
+    assert "checkpoint step-00000200 cannot be used: manifest.json is missing" in gone.output
+    with pytest.raises(BadCheckpoint):
+        open_one(f"{folder}/step-200")

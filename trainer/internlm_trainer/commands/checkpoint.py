@@ -1,0 +1,245 @@
+"""`internlm checkpoint ls|verify|diff|export`: checkpoints in any store, without the job that wrote them."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from enum import StrEnum
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.filesize import decimal
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from internlm_trainer.commands.common import out, sentences
+from internlm_trainer.errors import UserError
+
+if TYPE_CHECKING:
+    from internlm_trainer.checkpoint import Checkpoint
+
+app = typer.Typer(help="List, verify, compare and export checkpoints.", no_args_is_help=True)
+
+EXIT_DIFFERENT, EXIT_STORE = 1, 75  # as diff says it; sysexits.h: try again later
+
+Uri = Annotated[
+    str, typer.Argument(help="A job's checkpoint.path, or PATH/step-N in it.", show_default=False)
+]
+Json = Annotated[bool, typer.Option("--json", help="One JSON document, for programs.")]
+
+
+class Format(StrEnum):
+    """Of exported weights."""
+
+    safetensors = "safetensors"
+
+
+class Dtype(StrEnum):
+    """Of exported weights."""
+
+    bf16 = "bf16"
+    fp32 = "fp32"
+
+
+@contextmanager
+def _store_errors() -> Iterator[None]:
+    from internlm_trainer.checkpoint import BadCheckpoint, StorageUnavailable
+
+    try:
+        yield
+    except BadCheckpoint as error:
+        raise UserError(f"{error}; internlm checkpoint ls shows what else is there") from None
+    except StorageUnavailable as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(EXIT_STORE) from None
+
+
+@contextmanager
+def _bar(what: str, total: int) -> Iterator[Callable[[int], None]]:
+    """A progress bar on a terminal; nothing elsewhere."""
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bars:
+        task = bars.add_task(what, total=total)
+        yield lambda done: bars.advance(task, done)
+
+
+@app.command("ls")
+@sentences
+def ls(uri: Uri, as_json: Json = False) -> None:
+    """List the checkpoints of a folder, with what their manifests and the sizes of their files tell."""
+    from internlm_trainer.checkpoint.owner import owner_of
+    from internlm_trainer.checkpoint.tools import listing, locate
+
+    with _store_errors():
+        folder, only = locate(uri)
+        found = [one for one in listing(folder) if only in (None, one.step)]
+        owner = owner_of(folder)
+    rows = [_row(one.step, one.checkpoint, one.problem) for one in found]
+    if as_json:
+        _print_json({"checkpoints": rows, "owner": asdict(owner) if owner else None})
+        return
+    if not rows:
+        raise UserError(f"{uri} holds no checkpoint")
+    table = Table(
+        "step", "time (UTC)", "size", "shards", "tokens", "job", "state", box=None, header_style="bold"
+    )
+    for row in rows:
+        size = decimal(row["bytes"]) if row["bytes"] is not None else ""
+        tokens = f"{row['tokens']:,}" if row["tokens"] is not None else ""
+        cells = (
+            row["step"],
+            row["time"],
+            size,
+            row["shards"],
+            tokens,
+            row["job"],
+            row["problem"] or "complete",
+        )
+        table.add_row(*("" if cell is None else str(cell) for cell in cells))
+    out.print(table)
+    if owner and not owner.released:
+        out.print(f"claimed by {owner.who}", highlight=False)
+
+
+def _row(step: int, checkpoint: Checkpoint | None, problem: str) -> dict[str, Any]:
+    row: dict[str, Any] = dict.fromkeys(("time", "bytes", "shards", "tokens", "job", "uri", "digest"))
+    if checkpoint:
+        committed = checkpoint.committed
+        row |= {
+            "time": committed.time,
+            "bytes": committed.bytes,
+            "shards": len(checkpoint.manifest.shards),
+            "tokens": checkpoint.state.get("tokens"),
+            "job": checkpoint.manifest.job,
+            "uri": committed.uri,
+            "digest": committed.digest,
+        }
+    return {"step": step, **row, "problem": problem}
+
+
+@app.command("verify")
+@sentences
+def verify(uri: Uri, as_json: Json = False) -> None:
+    """Read checkpoints to the last byte and compare every digest.  Exit code 1 if one is not whole."""
+    from internlm_trainer.checkpoint import BadCheckpoint
+    from internlm_trainer.checkpoint.tools import listing, locate
+
+    results: list[dict[str, Any]] = []
+    with _store_errors():
+        folder, only = locate(uri)
+        found = [one for one in listing(folder) if only == one.step or (only is None and one.checkpoint)]
+        for step, checkpoint, problem in found:
+            if checkpoint and not problem:
+                with _bar(f"step {step}", checkpoint.committed.bytes) as advance:
+                    try:
+                        checkpoint.verify(advance)
+                    except BadCheckpoint as error:
+                        problem = error.why
+            results.append({"step": step, "problem": problem})
+            if not as_json:
+                out.print(f"step {step}: {problem or 'whole'}", highlight=False, soft_wrap=True)
+    if not results:
+        raise UserError(f"{uri} holds no checkpoint")
+    if as_json:
+        _print_json({"checkpoints": results})
+    if any(result["problem"] for result in results):
+        raise typer.Exit(EXIT_DIFFERENT)
+
+
+@app.command("diff")
+@sentences
+def diff(
+    a: Uri,
+    b: Uri,
+    kind: Annotated[
+        list[str] | None, typer.Option(help="Only this kind of state, such as master; may be repeated.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Show which tensors differ between two checkpoints, and by how much.  Exit code 1 if any does."""
+    from internlm_trainer.checkpoint.tools import compare, open_one, states
+
+    with _store_errors():
+        one, other = open_one(a), open_one(b)
+        total = sum(math.prod(shape) for key, shape in states(one).items() if not kind or key[0] in kind)
+        with _bar("comparing", total) as advance:
+            found = list(compare(one, other, advance, tuple(kind or ())))
+    if as_json:
+        _print_json({"differences": [asdict(difference) for difference in found]})
+    elif found:
+        table = Table("tensor", "kind", "differ", "largest", "relative", box=None, header_style="bold")
+        for row in found:
+            numbers = (f"{row.differ:,} of {row.elements:,}", f"{row.largest:.3e}", f"{row.relative:.3e}")
+            table.add_row(row.parameter, row.kind, *(numbers if row.elements else (row.what, "", "")))
+        out.print(table)
+    else:
+        out.print("no difference")
+    if found:
+        raise typer.Exit(EXIT_DIFFERENT)
+
+
+@app.command("export")
+@sentences
+def export(
+    uri: Uri,
+    to: Annotated[str, typer.Option("--out", help="Folder (path or URL) for the files.")],
+    step: Annotated[int | None, typer.Option(help="Step; the newest if it is left out.")] = None,
+    dtype: Annotated[
+        Dtype, typer.Option(help="Type of the weights; training keeps them in fp32.")
+    ] = Dtype.bf16,
+    format: Annotated[Format, typer.Option(help="Of the files.")] = Format.safetensors,
+    as_json: Json = False,
+) -> None:
+    """Write a checkpoint's weights as safetensors files, under the trainer's names."""
+    from internlm_trainer.checkpoint.export import export as write
+    from internlm_trainer.checkpoint.export import tensors
+
+    with _store_errors():
+        checkpoint, files = _of_newest(
+            uri,
+            step,
+            lambda checkpoint: _exported(
+                checkpoint, lambda bar: write(checkpoint, to, dtype, tensors(checkpoint), bar)
+            ),
+        )
+    if as_json:
+        _print_json({"step": checkpoint.step, "format": format.value, "dtype": dtype.value, "files": files})
+    else:
+        out.print(f"step {checkpoint.step}: {', '.join(files)} in {to}", highlight=False, soft_wrap=True)
+
+
+def _exported(checkpoint: Checkpoint, write: Callable[[Callable[[int], None]], list[str]]) -> list[str]:
+    with _bar(
+        "exporting", sum(math.prod(shape) for shape in checkpoint.manifest.parameters.values())
+    ) as advance:
+        return write(advance)
+
+
+def _of_newest(
+    uri: str, step: int | None, work: Callable[[Checkpoint], list[str]]
+) -> tuple[Checkpoint, list[str]]:
+    """`work` on the step asked for, or on the newest; where a running job removes that meanwhile, on the next."""
+    from internlm_trainer.checkpoint import BadCheckpoint, open_checkpoint
+    from internlm_trainer.checkpoint.tools import locate, newest_step
+
+    folder, named = locate(uri)
+    if step is not None and named is not None and step != named:
+        raise UserError(f"--step {step}: {uri} names another step")
+    asked = named if step is None else step
+    while True:
+        number = newest_step(folder) if asked is None else asked
+        try:
+            checkpoint = open_checkpoint(folder, number)
+            return checkpoint, work(checkpoint)
+        except BadCheckpoint:
+            if asked is not None or newest_step(folder) == number:
+                raise
+
+
+def _print_json(content: object) -> None:
+    typer.echo(json.dumps(content, indent=2))
