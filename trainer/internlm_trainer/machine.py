@@ -49,6 +49,8 @@ def find() -> list[Finding]:
         ("s3fs", "s3:// paths"),
         ("gcsfs", "gs:// paths"),
         ("adlfs", "abfs:// paths"),
+        ("tensorboard", "telemetry.tensorboard"),
+        ("wandb", "telemetry.wandb"),
     ):
         found = _version(package)
         findings.append(
