@@ -15,6 +15,7 @@ from internlm_trainer.data.packing import Row
 from internlm_trainer.data.prepare import prepare
 from internlm_trainer.data.progress import shown_progress
 from internlm_trainer.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
+from internlm_trainer.errors import UserError
 from internlm_trainer.processes import Processes
 
 log = logging.getLogger(__name__)
@@ -44,15 +45,28 @@ def open_store(name: str, spec: TrainSpec) -> CheckpointStore:
 
 def open_inputs(spec: TrainSpec, store: CheckpointStore, world: Processes, attempt: int) -> Inputs:
     """Raises UserError, alike on all ranks."""
+    _check_skipped(spec, config.total_steps(spec, world.size))
     check_store(store, world)
     claim_store(store, world, os.environ.get("INTERNLM_JOB_UID", ""), attempt)
     world.first(lambda: _prepare(spec))
     tokenizer = world.together(lambda: load_tokenizer(spec.data.tokenizer))
     vocab_size = config.model_shape(spec.model).vocab_size
     world.together(lambda: check_vocabulary(tokenizer, vocab_size, spec.data.tokenizer))
-    loader = world.together(lambda: RowLoader(spec.data.train, **_row_settings(spec)))
+    loader = world.together(
+        lambda: RowLoader(spec.data.train, **_row_settings(spec), min_length=spec.data.min_length)
+    )
     held_out = world.together(lambda: _validation_rows(spec, world))
     return Inputs(tokenizer, loader, held_out)
+
+
+def _check_skipped(spec: TrainSpec, total_steps: int) -> None:
+    """A job ends with a step that was trained."""
+    for index, steps in enumerate(spec.data.skip_steps):
+        if config.step_range(steps)[1] >= total_steps:
+            raise UserError(
+                f"data.skipSteps[{index}]: {steps} includes the last step, {total_steps}; end before it, or ask for "
+                "more steps"
+            )
 
 
 def _prepare(spec: TrainSpec) -> None:
@@ -75,6 +89,7 @@ def _row_settings(spec: TrainSpec) -> dict[str, Any]:
         "packing": spec.data.packing,
         "seed": spec.training.seed,
         "vocab_size": config.model_shape(spec.model).vocab_size,
+        "cache": spec.data.cache,
     }
 
 

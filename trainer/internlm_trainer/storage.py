@@ -12,7 +12,7 @@ import errno
 import os
 import re
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import IO, Any
 
@@ -82,6 +82,11 @@ def open_fs(url: str) -> tuple[Any, str]:
 def is_local(url: str) -> bool:
     """Whether `url` is on this machine's file system, so that its files can be memory-mapped."""
     return "::" not in url and _protocol(url) in _LOCAL_PROTOCOLS
+
+
+def stamp_of(info: Mapping[str, Any]) -> str:
+    """Of a file's entry in a listing, what changes when its content does; empty if its store tells nothing."""
+    return str(info.get("ETag") or info.get("mtime") or info.get("LastModified") or info.get("created") or "")
 
 
 def join(url: str, *parts: str) -> str:

@@ -170,6 +170,7 @@ class Trainer:
         world, training = self.world, self.spec.training
         with self.section("data"):
             micro_batches = self.micro_batches(self.tokens)
+            self._skip_steps(micro_batches)
             rows = self.loader.next_step(micro_batches, range(world.rank, micro_batches, world.size))
             # The mean is over the tokens that carry loss in all rows of all ranks, so no layout changes it.
             mine = sum(int((row.labels != IGNORED).sum()) for row in rows)
@@ -202,6 +203,15 @@ class Trainer:
     def micro_batches(self, tokens: int) -> int:
         """Of all ranks, in the step after `tokens` tokens of training."""
         return config.batch_tokens(self.spec, self.world.size, tokens) // self.row_tokens
+
+    def _skip_steps(self, micro_batches: int) -> None:
+        """Draw and throw away the rows of the steps that `data.skipSteps` names."""
+        skipped = config.skipped_after(self.spec.data.skip_steps, self.step)
+        if skipped:
+            self.loader.skip(skipped * micro_batches)
+            log.info("skipping %d steps after step %d, as data.skipSteps says", skipped, self.step)
+            self.step += skipped
+            self.optimizer.set_step(self.step, self.guard.read().skipped)
 
     def section(self, name: str, *, on_device: bool = False) -> AbstractContextManager[None]:
         """A part of the loop, whose time is told under this name."""

@@ -19,7 +19,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from internlm_trainer.data.bin_format import BinFile, decode_sample, encode_sample, open_bins, write_bin
-from internlm_trainer.data.byte_ranges import LocalRanges, RemoteRanges
+from internlm_trainer.data.block_cache import BlockCache
+from internlm_trainer.data.byte_ranges import LocalRanges, RemoteFile, RemoteRanges
 from internlm_trainer.errors import UserError
 from internlm_trainer.storage import join, open_fs
 
@@ -260,9 +261,15 @@ def test_ranges_are_read_alike_with_and_without_blocks(
         )
     )
     expected = [content[path][start:stop] for path, start, stop in ranges]
-    blocks = RemoteRanges(open_fs(str(folder))[0], block_bytes=16, cached_bytes=64)
+    found = {path: RemoteFile(len(file), "1") for path, file in content.items()}
+    cache = data.draw(st.sampled_from([None, BlockCache(str(folder / "cache"), 1000)]))
+    blocks = RemoteRanges(
+        open_fs(str(folder))[0], found, cache, block_bytes=16, cached_bytes=64, ahead_bytes=100
+    )
     files = LocalRanges(max_open=1)
     for count in (len(ranges), 1, 2):
         for first in range(0, len(ranges), max(count, 1)):
             part = slice(first, first + count)
+            blocks.prefetch(ranges[first : first + 2 * count])
             assert blocks.read(ranges[part]) == files.read(ranges[part]) == expected[part]
+    blocks.close()

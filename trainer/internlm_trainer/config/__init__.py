@@ -11,7 +11,14 @@ from __future__ import annotations
 
 from internlm_trainer.config.base import Spec, parse_quantity
 from internlm_trainer.config.checkpoint import CheckpointSpec
-from internlm_trainer.config.data import DataSpec, PrepareSpec, SourceSpec
+from internlm_trainer.config.data import (
+    CacheSpec,
+    DataSpec,
+    PrepareSpec,
+    SourceSpec,
+    skipped_after,
+    step_range,
+)
 from internlm_trainer.config.model import ModelShape, ModelSpec, model_shape
 from internlm_trainer.config.parallel import ParallelSpec, ZeroSpec
 from internlm_trainer.config.telemetry import METRICS_PORT, TelemetrySpec
@@ -27,6 +34,7 @@ from internlm_trainer.config.training import (
 __all__ = [
     "METRICS_PORT",
     "BatchRampUpSpec",
+    "CacheSpec",
     "CheckpointSpec",
     "DataSpec",
     "LossScaleSpec",
@@ -49,6 +57,8 @@ __all__ = [
     "model_shape",
     "parse_quantity",
     "row_tokens",
+    "skipped_after",
+    "step_range",
     "total_steps",
 ]
 

@@ -2,11 +2,26 @@
 
 from __future__ import annotations
 
+import itertools
+import logging
 import os
+import random
+import time
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
-from typing import Any, Protocol
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from threading import Lock
+from typing import Any, NamedTuple, Protocol
 
+from internlm_trainer.data.block_cache import BlockCache
+from internlm_trainer.errors import UserError
+from internlm_trainer.storage import StorageUnreachableError, explain
+
+log = logging.getLogger(__name__)
+_READERS = 16
+
+_Block = tuple[str, int]
+"""(path, number)"""
 Range = tuple[str, int, int]
 """(path, first byte, one after the last byte)"""
 
@@ -16,6 +31,14 @@ class ByteRanges(Protocol):
 
     def read(self, ranges: Sequence[Range]) -> list[bytes]:
         """The bytes of each range; fewer where the file is shorter."""
+        ...
+
+    def prefetch(self, ranges: Sequence[Range]) -> None:
+        """Begin to fetch what `read` will be asked for, if that takes time."""
+        ...
+
+    def close(self) -> None:
+        """Let go of threads and files."""
         ...
 
 
@@ -33,6 +56,14 @@ class LocalRanges:
         """The bytes of each range; fewer where the file is shorter."""
         return [_read_at(self._descriptor(path), start, stop) for path, start, stop in ranges]
 
+    def prefetch(self, ranges: Sequence[Range]) -> None:
+        """Nothing: the system reads ahead."""
+
+    def close(self) -> None:
+        """Close the files."""
+        while self._open:
+            os.close(self._open.popitem()[1])
+
     def _descriptor(self, path: str) -> int:
         if path in self._open:
             self._open.move_to_end(path)
@@ -43,8 +74,7 @@ class LocalRanges:
         return self._open[path]
 
     def __del__(self) -> None:
-        for descriptor in self._open.values():
-            os.close(descriptor)
+        self.close()
 
 
 def _read_at(descriptor: int, start: int, stop: int) -> bytes:
@@ -58,47 +88,124 @@ def _read_at(descriptor: int, start: int, stop: int) -> bytes:
     return content
 
 
+class RemoteFile(NamedTuple):
+    """A file in a store: its size, and what changes when its content does."""
+
+    size: int
+    stamp: str
+
+
 class RemoteRanges:
-    """Ranged reads through fsspec, in blocks of which the last used stay in memory.
+    """Ranged reads through fsspec, in blocks of which the last used stay in memory and, with a `cache`, on disk.
 
     Samples are read in random order.  Blocks keep a small corpus of many short samples from being asked for
-    line by line, and all blocks that a call lacks are asked for at the same time.
+    line by line, and all blocks that a call lacks are asked for at the same time.  A read that fails is tried again
+    for `patience` seconds.
     """
 
-    def __init__(self, fs: Any, block_bytes: int = 256 << 10, cached_bytes: int = 64 << 20) -> None:
-        self._fs = fs
+    def __init__(
+        self,
+        fs: Any,
+        files: Mapping[str, RemoteFile],
+        cache: BlockCache | None = None,
+        *,
+        block_bytes: int = 256 << 10,
+        cached_bytes: int = 64 << 20,
+        ahead_bytes: int = 128 << 20,
+        patience: float = 60.0,
+    ) -> None:
+        self._fs, self._files, self._cache, self._patience = fs, files, cache, patience
         self._block_bytes = block_bytes
-        self._max_blocks = cached_bytes // block_bytes
-        self._blocks: OrderedDict[tuple[str, int], bytes] = OrderedDict()
+        self._max_blocks = max(cached_bytes // block_bytes, 1)
+        self._max_ahead = ahead_bytes // block_bytes
+        self._blocks: OrderedDict[_Block, bytes] = OrderedDict()
+        self._coming: dict[_Block, Future[bytes]] = {}
+        self._lock = Lock()
+        self._pool = ThreadPoolExecutor(_READERS, thread_name_prefix="blocks")
+
+    def prefetch(self, ranges: Sequence[Range]) -> None:
+        """Begin to fetch what `read` will be asked for, as far as there is room for it.  Returns at once."""
+        with self._lock:
+            for block in self._missing(ranges):
+                if len(self._coming) >= self._max_ahead:
+                    return
+                self._coming[block] = self._pool.submit(self._fetch, block)
 
     def read(self, ranges: Sequence[Range]) -> list[bytes]:
-        """The bytes of each range; fewer where the file is shorter."""
-        wanted = list(dict.fromkeys(block for part in ranges for block in self._blocks_of(part)))
-        self._fetch(block for block in wanted if block not in self._blocks)
+        """The bytes of each range; fewer where the file is shorter.
+
+        Raises StorageUnreachableError if the store does not answer in time, other UserErrors for what only the user
+        can mend.
+        """
+        with self._lock:
+            coming = {
+                block: self._coming.pop(block)
+                if block in self._coming
+                else self._pool.submit(self._fetch, block)
+                for block in self._missing(ranges, known=False)
+            }
+        for block, future in coming.items():
+            self._blocks[block] = future.result()
         parts = []
         for path, start, stop in ranges:
             blocks = list(self._blocks_of((path, start, stop)))
             content = b"".join(self._blocks[block] for block in blocks)
             first = blocks[0][1] * self._block_bytes if blocks else 0
             parts.append(content[start - first : stop - first])
-        for block in wanted:
-            self._blocks.move_to_end(block)
-        while len(self._blocks) > self._max_blocks:
-            self._blocks.popitem(last=False)
+        with self._lock:
+            for part in ranges:
+                for block in self._blocks_of(part):
+                    self._blocks.move_to_end(block)
+            while len(self._blocks) > self._max_blocks:
+                self._blocks.popitem(last=False)
         return parts
 
-    def _blocks_of(self, part: Range) -> Iterable[tuple[str, int]]:
+    def _missing(self, ranges: Sequence[Range], known: bool = True) -> list[_Block]:
+        """Blocks that are not in memory, nor, where such are `known`, on their way; each once."""
+        wanted = dict.fromkeys(block for part in ranges for block in self._blocks_of(part))
+        return [b for b in wanted if b not in self._blocks and not (known and b in self._coming)]
+
+    def _blocks_of(self, part: Range) -> Iterable[_Block]:
         path, start, stop = part
+        stop = min(stop, self._files[path].size)
         return ((path, index) for index in range(start // self._block_bytes, -(-stop // self._block_bytes)))
 
-    def _fetch(self, blocks: Iterable[tuple[str, int]]) -> None:
-        missing = list(blocks)
-        if not missing:
-            return
-        contents = self._fs.cat_ranges(
-            [path for path, _ in missing],
-            [index * self._block_bytes for _, index in missing],
-            [(index + 1) * self._block_bytes for _, index in missing],
-            on_error="raise",
-        )
-        self._blocks.update(zip(missing, contents, strict=True))
+    def _fetch(self, block: _Block) -> bytes:
+        path, index = block
+        size, stamp = self._files[path]
+        key = f"{path}\0{size}\0{stamp}\0{self._block_bytes}\0{index}"
+        content = self._cache.get(key) if self._cache else None
+        if content is None:
+            start = index * self._block_bytes
+            content = self._patiently(path, start, min(start + self._block_bytes, size))
+            if self._cache:
+                self._cache.put(key, content)
+        return content
+
+    def _patiently(self, path: str, start: int, stop: int) -> bytes:
+        """Bytes [start, stop), tried again with growing pauses, random so that ranks do not come in step."""
+        began = time.monotonic()
+        for attempt in itertools.count():
+            try:
+                content: bytes = self._fs.cat_file(path, start=start, end=stop)
+                if len(content) == stop - start:
+                    return content
+                told = f"{len(content)} of {stop - start} bytes came"
+            except Exception as error:
+                sentence, kind = explain(error, path)
+                if sentence and not issubclass(kind, StorageUnreachableError):
+                    raise UserError(sentence) from error
+                told = sentence or str(error) or type(error).__name__
+            waited = time.monotonic() - began
+            if waited >= self._patience:
+                raise StorageUnreachableError(
+                    f"{path} could not be read for {waited:.0f} s, {attempt + 1} times (last: {told}); is the store up?"
+                )
+            pause = min(0.1 * 2**attempt, 5.0) * random.uniform(0.5, 1.5)  # noqa: S311 - not a secret
+            log.warning("%s: %s; trying again in %.1f s", path, told, pause)
+            time.sleep(pause)
+        raise AssertionError
+
+    def close(self) -> None:
+        """End the threads."""
+        self._pool.shutdown(wait=False, cancel_futures=True)

@@ -7,43 +7,59 @@ checkpoint sees exactly the rows that it would have seen without the interruptio
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections import OrderedDict, deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from internlm_trainer.config import SourceSpec
-from internlm_trainer.data.bin_format import Ids
+from internlm_trainer.config import CacheSpec, SourceSpec
+from internlm_trainer.data.bin_format import Ids, open_cache
 from internlm_trainer.data.mixture import next_sources
-from internlm_trainer.data.packing import Packing, Row, pack
+from internlm_trainer.data.packing import Packing, Part, Row, pack
 from internlm_trainer.data.source import Place, Source, open_source
 from internlm_trainer.errors import UserError
 
 _STATE_VERSION = 1
 # Rows of one step, and of neighbouring ones, share long samples.
 _CACHED_TOKENS = 4 << 20
+# Steps that are prepared ahead: several, since a store answers late, but no more than a little memory holds.
+_AHEAD_STEPS, _AHEAD_TOKENS = 8, 1 << 20
 
 
 _Key = tuple[int, int, int]
 """A sample: source, file, number in the file."""
 
 
-class _Request(NamedTuple):
-    """What the rows of a step depend on."""
+_Cut = tuple[int, int, list[int], list[Part]]
+"""What a row consists of: source, file, numbers of its samples in the file, and the part of each."""
 
-    taken: tuple[int, ...]
+
+class _Plan(NamedTuple):
+    """One step: the rows to read, and how many of each source are taken after it."""
+
+    cuts: list[_Cut]
+    after: tuple[int, ...]
+
+
+class _Prepared(NamedTuple):
+    """A step in the making: what was asked for, and what will come of it."""
+
     rows: int
     take: tuple[int, ...]
+    plan: Future[_Plan]
+    result: Future[list[Row]]
 
 
 class RowLoader:
     """Rows of one or several sources, mixed by their weights, for ever: a source that ends starts again,
     shuffled anew.
 
-    The next step is prepared in the background while the trainer computes; `state_dict` describes what
-    was taken from `next_step`, not what was prepared.
+    The next steps are prepared in the background while the trainer computes: one thread finds out which samples they
+    need, so that stores are asked early, another one reads and packs them.  Threads, not processes: the work is some
+    dozen calls a row into NumPy and the system, and a rank that trains takes few rows a second.  `state_dict`
+    describes what was taken from `next_step`, not what was prepared.
     """
 
     def __init__(
@@ -55,24 +71,30 @@ class RowLoader:
         packing: Packing,
         seed: int,
         vocab_size: int,
+        min_length: int = 0,
+        cache: CacheSpec | None = None,
         field: str = "data.train",
     ) -> None:
         """Opens the sources and reads their metas.
 
-        `row_tokens`: tokens of a row.  `seq_len`: longest sequence in it.  `field`: the sources' name in
-        errors. Raises UserError if a source is missing, empty, broken, or shorter than a row.
+        `row_tokens`: tokens of a row.  `seq_len`: longest sequence in it.  `min_length`: shorter samples are left
+        out.  `field`: the sources' name in errors.  Raises UserError if a source is missing, empty, broken, or
+        shorter than a row.
         """
         self._specs = list(sources)
         self._row_tokens, self._seq_len, self._packing = row_tokens, seq_len, packing
-        self._seed, self._vocab_size = seed, vocab_size
+        self._seed, self._vocab_size, self._min_length = seed, vocab_size, min_length
+        local = open_cache(cache)
         self.sources = [
-            open_source(spec.path, row_tokens, seed, f"{field}[{index}].path")
+            open_source(spec.path, row_tokens, seed, f"{field}[{index}].path", min_length, local)
             for index, spec in enumerate(self._specs)
         ]
         self._taken: tuple[int, ...] = (0,) * len(self.sources)
+        self._skipped: tuple[int, ...] = (0,) * len(self.sources)
         self._samples = _SampleCache(_CACHED_TOKENS)
-        self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="rows")
-        self._prepared: tuple[_Request, Future[list[Row]]] | None = None
+        self._planner = ThreadPoolExecutor(max_workers=1, thread_name_prefix="plan")
+        self._reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="rows")
+        self._prepared: deque[_Prepared] = deque()
 
     def next_step(self, rows: int, take: Sequence[int]) -> list[Row]:
         """Advance the global order by `rows` rows and return those at the offsets `take` in [0, rows).
@@ -81,28 +103,65 @@ class RowLoader:
         """
         if not all(0 <= offset < rows for offset in take):
             raise ValueError(f"take {list(take)} must be offsets of the {rows} rows of a step")
-        request = _Request(self._taken, rows, tuple(take))
-        if self._prepared and self._prepared[0] == request:
-            taken_rows = self._prepared[1].result()
-        else:
+        asked = rows, tuple(take)
+        if not self._prepared or self._prepared[0][:2] != asked:
             self._drop_prepared()
-            taken_rows = self._rows_of(request)
-        self._taken = _advance(request.taken, self._order(request))
-        following = _Request(self._taken, rows, tuple(take))
-        self._prepared = following, self._worker.submit(self._rows_of, following)
+            self._prepare(*asked)
+        step = self._prepared.popleft()
+        ahead = min(_AHEAD_STEPS, max(1, _AHEAD_TOKENS // (max(len(take), 1) * self._row_tokens)))
+        while len(self._prepared) < ahead:
+            self._prepare(*asked, after=self._prepared[-1] if self._prepared else step)
+        taken_rows = step.result.result()
+        self._taken = step.plan.result().after
         return taken_rows
 
+    def skip(self, rows: int) -> None:
+        """Advance the global order by `rows` rows that nobody trains on; the ledger counts them apart."""
+        self._drop_prepared()
+        after = self._plan(self._taken, rows, ()).after
+        self._skipped = tuple(
+            old + new - before for old, new, before in zip(self._skipped, after, self._taken, strict=True)
+        )
+        self._taken = after
+
+    def _prepare(self, rows: int, take: tuple[int, ...], after: _Prepared | None = None) -> None:
+        """Begin with the step that follows `after`, or the one at hand."""
+        taken = self._taken
+
+        def plan() -> _Plan:
+            made = self._plan(after.plan.result().after if after else taken, rows, take)
+            for number, source in enumerate(self.sources):
+                source.prefetch(
+                    [(file, s) for of, file, samples, _ in made.cuts if of == number for s in samples]
+                )
+            return made
+
+        planned = self._planner.submit(plan)
+        result = self._reader.submit(lambda: self._read(planned.result().cuts))
+        self._prepared.append(_Prepared(rows, take, planned, result))
+
     def state_dict(self) -> dict[str, Any]:
-        """Where the job is in the data, as plain JSON: rows taken of each source, and what identifies
-        them.
+        """Where the job is in the data, as plain JSON: the token ledger.
+
+        Of each source the rows taken, in all epochs and with those that were skipped, and what identifies them.
         """
         return {
             "version": _STATE_VERSION,
             "seed": self._seed,
             "rowTokens": self._row_tokens,
+            "minLength": self._min_length,
             "sources": [
-                {"path": spec.path, "weight": spec.weight, "fingerprint": source.fingerprint, "rows": rows}
-                for spec, source, rows in zip(self._specs, self.sources, self._taken, strict=True)
+                {
+                    "path": spec.path,
+                    "weight": spec.weight,
+                    "fingerprint": source.fingerprint,
+                    "rows": rows,
+                    "skippedRows": skipped,
+                    "rowsOfEpoch": source.rows,
+                }
+                for spec, source, rows, skipped in zip(
+                    self._specs, self.sources, self._taken, self._skipped, strict=True
+                )
             ],
         }
 
@@ -122,6 +181,7 @@ class RowLoader:
             state["rowTokens"],
             self._row_tokens,
         )
+        _check_same("data.minLength", state.get("minLength", 0), self._min_length)
         saved = state["sources"]
         _check_same("number of data.train sources", len(saved), len(self.sources))
         for index, (old, spec, source) in enumerate(zip(saved, self._specs, self.sources, strict=True)):
@@ -134,34 +194,41 @@ class RowLoader:
                 )
         self._drop_prepared()
         self._taken = tuple(int(old["rows"]) for old in saved)
+        self._skipped = tuple(int(old.get("skippedRows", 0)) for old in saved)
 
     def epochs(self) -> list[float]:
         """How often each source has been seen so far, as a fraction of its rows."""
         return [taken / source.rows for taken, source in zip(self._taken, self.sources, strict=True)]
 
     def close(self) -> None:
-        """End the background thread."""
+        """End the background threads."""
         self._drop_prepared()
-        self._worker.shutdown(wait=True, cancel_futures=True)
+        for worker in (self._planner, self._reader):
+            worker.shutdown(wait=True, cancel_futures=True)
+        for source in self.sources:
+            source.close()
 
     def _drop_prepared(self) -> None:
-        """Forget the prepared step; waits for it, since its thread and this one share files and caches."""
-        if self._prepared:
-            prepared = self._prepared[1]
-            self._prepared = None
-            if not prepared.cancel():
-                prepared.exception()
+        """Forget the prepared steps; waits for them, since their threads and this one share files and caches."""
+        futures: list[Future[Any]] = [f for step in self._prepared for f in (step.result, step.plan)]
+        self._prepared.clear()
+        for future in futures:
+            future.cancel()
+        wait(futures)
 
-    def _order(self, request: _Request) -> list[int]:
-        return next_sources(request.taken, [spec.weight for spec in self._specs], request.rows)
+    def _plan(self, taken: tuple[int, ...], rows: int, take: Sequence[int]) -> _Plan:
+        """The step of `rows` rows that comes when `taken` rows of each source are."""
+        order = next_sources(taken, [spec.weight for spec in self._specs], rows)
+        return _Plan(self._cuts(_places(self.sources, taken, order, take)), _advance(taken, order))
 
-    def _rows_of(self, request: _Request) -> list[Row]:
-        places = list(_places(self.sources, request.taken, self._order(request)))
-        return self.read([places[offset] for offset in request.take])
+    def _cuts(self, places: Iterable[tuple[int, Place]]) -> list[_Cut]:
+        return [(number, place.file, *self.sources[number].cut(place)) for number, place in places]
 
     def read(self, places: Sequence[tuple[int, Place]]) -> list[Row]:
         """The rows at `places`, each with its source's number."""
-        cuts = [(number, place.file, *self.sources[number].cut(place)) for number, place in places]
+        return self._read(self._cuts(places))
+
+    def _read(self, cuts: Sequence[_Cut]) -> list[Row]:
         wanted = dict.fromkeys((number, file, s) for number, file, samples, _ in cuts for s in samples)
         found = self._samples.get_many(wanted, self._read_samples)
         return [
@@ -188,6 +255,7 @@ def validation_rows(
     seed: int,
     vocab_size: int,
     count: int,
+    cache: CacheSpec | None = None,
     rank: int = 0,
     world_size: int = 1,
 ) -> list[Row]:
@@ -200,6 +268,7 @@ def validation_rows(
         packing=packing,
         seed=seed,
         vocab_size=vocab_size,
+        cache=cache,
         field="data.validation",
     )
     try:
@@ -212,20 +281,22 @@ def validation_rows(
             (chosen,) = next_sources([taken[s] for s in left], [sources[s].weight for s in left], 1)
             taken[left[chosen]] += 1
             order.append(left[chosen])
-        places = list(_places(loader.sources, (0,) * len(sources), order))
-        return loader.read(places[rank::world_size])
+        mine = range(rank, len(order), world_size)
+        return loader.read(list(_places(loader.sources, (0,) * len(sources), order, mine)))
     finally:
         loader.close()
 
 
 def _places(
-    sources: Sequence[Source], taken: Sequence[int], order: Sequence[int]
+    sources: Sequence[Source], taken: Sequence[int], order: Sequence[int], take: Iterable[int]
 ) -> Iterator[tuple[int, Place]]:
-    """Where the rows of `order` are, if `taken` rows of each source came before."""
-    numbers = list(taken)
+    """Where the rows at the offsets `take` of `order` are, if `taken` rows of each source came before."""
+    numbers, counted = list(taken), []
     for source in order:
-        yield source, sources[source].place(numbers[source])
+        counted.append(numbers[source])
         numbers[source] += 1
+    for offset in take:
+        yield order[offset], sources[order[offset]].place(counted[offset])
 
 
 def _advance(taken: Sequence[int], order: Sequence[int]) -> tuple[int, ...]:

@@ -15,6 +15,8 @@ def next_sources(counts: Sequence[int], weights: Sequence[float], rows: int) -> 
     With n rows taken in all, a source has fewer than n * share + 1 of them, always.  The first of equals
     wins.
     """
+    if len(weights) == 1:
+        return [0] * rows
     total = float(sum(weights))
     shares = [weight / total for weight in weights]
     taken = list(counts)

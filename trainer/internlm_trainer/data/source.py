@@ -11,7 +11,8 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from internlm_trainer.data.bin_format import BinFile, Ids, open_bins
+from internlm_trainer.data.bin_format import BinFile, Ids, LocalCache, open_bins, parse_samples
+from internlm_trainer.data.mapped import MappedArrays
 from internlm_trainer.data.packing import Part, row_count, row_parts, shuffled
 from internlm_trainer.errors import UserError
 
@@ -36,17 +37,31 @@ class Source:
     """Files of one source, cut into rows.
 
     In each epoch every file's samples are shuffled and cut into rows, and the rows of all files are shuffled.
-    The sample order of an epoch takes 16 bytes of memory a sample.
+    Samples of fewer than `min_length` tokens are in no row.  The sample order of an epoch takes 16 bytes a sample, of
+    memory or in the files of `arrays`.
     """
 
-    def __init__(self, files: Sequence[BinFile], row_tokens: int, seed: int) -> None:
+    def __init__(
+        self,
+        files: Sequence[BinFile],
+        row_tokens: int,
+        seed: int,
+        min_length: int = 0,
+        arrays: MappedArrays | None = None,
+    ) -> None:
         self.files = list(files)
-        self._row_tokens, self._seed = row_tokens, seed
-        self._first_rows = np.cumsum([0] + [row_count(file.tokens, row_tokens) for file in files])
+        self._row_tokens, self._seed, self._min_length = row_tokens, seed, min_length
+        self._arrays = arrays or MappedArrays(None)
+        self.file_tokens = [self._kept_tokens(file) for file in files]
+        """Tokens of each file that rows are made of."""
+        self._first_rows = np.cumsum([0] + [row_count(tokens, row_tokens) for tokens in self.file_tokens])
         self._row_orders: OrderedDict[int, NDArray[np.int64]] = OrderedDict()
-        self._sample_orders: OrderedDict[tuple[int, int], tuple[NDArray[np.int64], NDArray[np.int64]]] = (
-            OrderedDict()
-        )
+        self._sample_orders: OrderedDict[tuple[int, int], NDArray[np.int64]] = OrderedDict()
+
+    def _kept_tokens(self, file: BinFile) -> int:
+        if self._min_length <= 1:
+            return file.tokens
+        return int(file.lengths[file.lengths >= self._min_length].sum())
 
     @property
     def rows(self) -> int:
@@ -56,7 +71,7 @@ class Source:
     @property
     def tokens(self) -> int:
         """Tokens in all files, with those that an epoch leaves over."""
-        return sum(file.tokens for file in self.files)
+        return sum(self.file_tokens)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -81,15 +96,22 @@ class Source:
         parts = row_parts(ends, place.row, self._row_tokens)
         return [int(order[part.place]) for part in parts], parts
 
+    def prefetch(self, samples: Sequence[tuple[int, int]]) -> None:
+        """Begin to fetch samples (file, number in the file) that `read` will be asked for."""
+        if samples:
+            self.files[0].ranges.prefetch([self.files[file].byte_range(number) for file, number in samples])
+
     def read(self, samples: Sequence[tuple[int, int]], vocab_size: int) -> list[Ids]:
         """The ids of whole samples (file, number in the file), checked against meta and vocabulary."""
         if not samples:
             return []
-        lines = self.files[0].ranges.read([self.files[file].byte_range(number) for file, number in samples])
-        return [
-            self.files[file].parse(number, line, vocab_size)
-            for (file, number), line in zip(samples, lines, strict=True)
-        ]
+        found = [(self.files[file], number) for file, number in samples]
+        lines = self.files[0].ranges.read([file.byte_range(number) for file, number in found])
+        return parse_samples(found, lines, vocab_size)
+
+    def close(self) -> None:
+        """Let go of threads and files."""
+        self.files[0].ranges.close()
 
     def _row_order(self, epoch: int) -> NDArray[np.int64]:
         return _cached(
@@ -99,25 +121,47 @@ class Source:
             lambda: shuffled(self.rows, [self._seed, epoch, _ROW_STREAM]),
         )
 
-    def _sample_order(self, epoch: int, file: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """(samples in shuffled order, running sum of their lengths)."""
+    def _sample_order(self, epoch: int, file: int) -> NDArray[np.int64]:
+        """[2, samples]: the samples in shuffled order, and the running sum of their lengths."""
 
-        def make() -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-            order = shuffled(len(self.files[file].lengths), self._seed + epoch)
-            return order, np.cumsum(self.files[file].lengths[order])
+        def make() -> NDArray[np.int64]:
+            lengths = self.files[file].lengths
+            if self._min_length <= 1:
+                order = shuffled(len(lengths), self._seed + epoch)
+            else:
+                kept = np.flatnonzero(lengths >= self._min_length)
+                order = kept[shuffled(len(kept), self._seed + epoch)]
+            return np.stack((order, np.cumsum(lengths[order])))
 
-        return _cached(self._sample_orders, (epoch, file), _CACHED_EPOCHS * len(self.files), make)
+        def key(epoch: int) -> str:
+            of = self.files[file]
+            return f"order\0{of.url}\0{of.starts[-1]}\0{of.stamp}\0{self._seed + epoch}\0{self._min_length}"
+
+        def get() -> NDArray[np.int64]:
+            return self._arrays.get(key(epoch), make, instead_of=key(epoch - _CACHED_EPOCHS))
+
+        return _cached(self._sample_orders, (epoch, file), _CACHED_EPOCHS * len(self.files), get)
 
 
-def open_source(url: str, row_tokens: int, seed: int, field: str) -> Source:
+def open_source(
+    url: str,
+    row_tokens: int,
+    seed: int,
+    field: str,
+    min_length: int = 0,
+    cache: LocalCache | None = None,
+) -> Source:
     """The source at a path or URL.  Raises UserError if it is missing, empty, broken or shorter than a
     row.
     """
-    source = Source(open_bins(url, field), row_tokens, seed)
+    cache = cache or LocalCache()
+    source = Source(open_bins(url, field, cache), row_tokens, seed, min_length, cache.arrays)
     if source.rows == 0:
         what = f"{url} has {source.tokens} tokens"
+        if min_length > 1:
+            what += f" in samples of at least data.minLength {min_length}"
         if source.tokens >= row_tokens:
-            largest = max(file.tokens for file in source.files)
+            largest = max(source.file_tokens)
             what = f"the largest of the {len(source.files)} files of {url} has {largest} tokens"
         raise UserError(
             f"{field}: {what}, but a row needs {row_tokens} (training.microBatchSize x model.seqLen, or "

@@ -26,7 +26,7 @@ from internlm_trainer.data.text_chunks import Chunk, Position, read_chunks
 from internlm_trainer.data.text_files import SampleKind, fixed_part
 from internlm_trainer.data.tokenizer import Tokenizer
 from internlm_trainer.errors import UserError
-from internlm_trainer.storage import join, open_fs, user_errors
+from internlm_trainer.storage import join, open_fs, stamp_of, user_errors
 
 _KINDS: dict[str, SampleKind] = {"txt": "line", "json": "json", "jsonl": "jsonl", "parquet": "parquet"}
 # Starting processes takes about a second: less text than this is done sooner without.
@@ -325,11 +325,10 @@ def _find(inputs: Sequence[str], sample: Literal["auto"] | SampleKind) -> list[_
             raise UserError(f"input: {url} {told}")
         for name in sorted(files):
             info = files[name]
-            stamp = str(info.get("ETag") or info.get("mtime") or info.get("LastModified") or "")
             full = fs.unstrip_protocol(name) if pattern and "://" in url else name if pattern else url
             kind = _kind(name) if sample == "auto" else sample
             short = name.removeprefix(root).lstrip("/")
-            found.setdefault(full, _Input(full, kind, int(info["size"] or 0), stamp, short))
+            found.setdefault(full, _Input(full, kind, int(info["size"] or 0), stamp_of(info), short))
     return list(found.values())
 
 
