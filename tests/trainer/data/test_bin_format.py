@@ -15,10 +15,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from internlm_trainer.data.bin_format import BinFile, decode_sample, encode_sample, open_bins, write_bin
+from internlm_trainer.data.bin_format import (
+    BinFile,
+    Ids,
+    decode_sample,
+    encode_sample,
+    open_bins,
+    parse_samples,
+    write_bin,
+)
 from internlm_trainer.data.block_cache import BlockCache
 from internlm_trainer.data.byte_ranges import LocalRanges, RemoteFile, RemoteRanges
 from internlm_trainer.errors import UserError
@@ -65,6 +73,10 @@ def test_a_line_is_read_as_json_reads_it(ids: list[int]) -> None:
         b'{"tokens": [1, , 2]}\n',
         b'{"tokens": [1,, 2]}\n',
         b'{"tokens": [1, 2,]}\n',
+        b'{"tokens": [1, 2, ]}\n',
+        b'{"tokens": [1,  , 2]}\n',
+        b'{"tokens": [, 2]}\n',
+        b'{"tokens": [ ]x]}\n',
         b'{"tokens": [1 2]}\n',
         b'{"tokens": [1.5, 2]}\n',
         b'{"tokens": [1, "2"]}\n',
@@ -273,3 +285,27 @@ def test_ranges_are_read_alike_with_and_without_blocks(
             blocks.prefetch(ranges[first : first + 2 * count])
             assert blocks.read(ranges[part]) == files.read(ranges[part]) == expected[part]
     blocks.close()
+
+
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_many_lines_are_parsed_as_one_by_one(data: st.DataObject, write_samples: WriteSamples) -> None:
+    """Whatever the lines say: the same ids, or the same sentence."""
+    file = open_bins(write_samples("x.bin", [[1, 2, 3], [4, 5], [6]]), "data")[0]
+    pieces = st.sampled_from([b"1", b"2", b"77", b"-4", b", ", b",", b" ", b"x", b"999"])
+    text = st.lists(pieces, max_size=7).map(b"".join)
+    lines = [
+        data.draw(st.one_of(st.just(good), text.map(lambda t: b'{"tokens": [' + t + b"]}\n"), text))
+        for good in (b'{"tokens": [1, 2, 3]}\n', b'{"tokens": [-4, 5]}\n', b'{"tokens": [77]}\n')
+    ]
+
+    def told(parse: Callable[[], list[Ids]]) -> object:
+        try:
+            return [ids.tolist() for ids in parse()]
+        except UserError as error:
+            return str(error)
+
+    numbers = [(file, number) for number in range(3)]
+    assert told(lambda: parse_samples(numbers, lines, 100)) == told(
+        lambda: [file.parse(number, line, 100) for number, line in enumerate(lines)]
+    )

@@ -1,14 +1,25 @@
-"""`internlm tokenize`: text to training data."""
+"""`internlm tokenize` and `internlm data`: text to training data, and what is in it and was taken of it."""
 
 from __future__ import annotations
 
+import json
 import logging
 from enum import StrEnum
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.markup import escape
+from rich.table import Table
 
-from internlm_trainer.commands.common import sentences
+from internlm_trainer.commands.common import EXIT_USER_ERROR, out, sentences
+
+if TYPE_CHECKING:
+    from internlm_trainer.data.inspect import Inspection
+    from internlm_trainer.data.tokenizer import Tokenizer
+
+app = typer.Typer(help="Tokenized data: what it holds, and what a job has taken of it.", no_args_is_help=True)
+_SHOWN = 20  # broken lines
+_BAR = 40
 
 
 class Sample(StrEnum):
@@ -61,3 +72,81 @@ def tokenize(
     for file in made:
         note = "" if file.made else " (was there already)"
         typer.echo(f"{file.url}: {file.samples:,} samples, {file.tokens:,} tokens{note}")
+
+
+@app.command("inspect")
+@sentences
+def inspect_data(
+    path: Annotated[str, typer.Argument(help="Folder or URL of .bin files, or one of them.")],
+    tokenizer: Annotated[str, typer.Option(help="SentencePiece model: decode samples, check ids.")] = "",
+    samples: Annotated[int, typer.Option(min=0, help="Samples to show.")] = 3,
+    full: Annotated[bool, typer.Option("--full", help="Check every line, not a few of each file.")] = False,
+) -> None:
+    """Show sources, files, samples, tokens and lengths, some samples, and what is broken (exit code 65)."""
+    from internlm_trainer.data.inspect import inspect
+    from internlm_trainer.data.progress import shown_progress
+    from internlm_trainer.data.tokenizer import load_tokenizer
+
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    model = load_tokenizer(tokenizer, "--tokenizer") if tokenizer else None
+    with shown_progress() as progress:
+        found = inspect(
+            path,
+            full=full,
+            examples=samples,
+            vocab_size=model.vocab_size if model else None,
+            progress=progress,
+        )
+    _show(found, model)
+    if found.broken:
+        for sentence in found.broken[:_SHOWN]:
+            typer.echo(f"error: {sentence}", err=True)
+        if len(found.broken) > _SHOWN:
+            typer.echo(f"and {len(found.broken) - _SHOWN} more", err=True)
+        raise typer.Exit(EXIT_USER_ERROR)
+
+
+def _show(found: Inspection, tokenizer: Tokenizer | None) -> None:
+    table = Table("source", "files", "samples", "tokens", "bytes", "shortest", "mean", "longest")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for group in found.groups:
+        mean = group.tokens / max(group.samples, 1)
+        numbers = (group.files, group.samples, group.tokens, group.bytes, group.shortest, mean, group.longest)
+        table.add_row(escape(group.name), *(f"{number:,.0f}" for number in numbers))
+    out.print(table)
+    out.print(f"{found.tokens:,} tokens in {found.samples:,} samples; {found.checked:,} lines checked")
+    most = max(found.histogram, default=0)
+    for power, count in enumerate(found.histogram):
+        bar = "\u2588" * -(-count * _BAR // most)
+        out.print(f"{2**power:>10,} tokens and more {bar} {count:,}", highlight=False)
+    for place, ids in found.examples:
+        text = repr(tokenizer.decode(abs(ids).tolist())) if tokenizer else str(ids.tolist())
+        out.print(f"[bold]{escape(place)}[/bold] ({len(ids):,} tokens): {escape(text[:500])}", highlight=False)
+
+
+@app.command()
+@sentences
+def ledger(
+    checkpoint: Annotated[str, typer.Argument(help="checkpoint.path of a job (the newest one), or a step's folder.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Show what a job had taken of each of its sources when a checkpoint was written."""
+    from internlm_trainer.checkpoint.inspect import read_manifest
+    from internlm_trainer.data.ledger import entries
+
+    manifest = read_manifest(checkpoint)
+    accounts = entries(manifest.state["loader"])
+    if as_json:
+        typer.echo(json.dumps({"step": manifest.step, "sources": [entry._asdict() for entry in accounts]}, indent=1))
+        return
+    table = Table("source", "weight", "rows", "tokens", "skipped rows", "epochs", "row of epoch")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for entry in accounts:
+        at = "" if entry.row is None else f"{entry.row:,} of {entry.rows_of_epoch:,}"
+        epoch = "" if entry.epoch is None else str(entry.epoch)
+        numbers = (f"{entry.rows:,}", f"{entry.tokens:,}", f"{entry.skipped_rows:,}")
+        table.add_row(escape(entry.path), f"{entry.weight:g}", *numbers, epoch, at)
+    out.print(f"after step {manifest.step:,} of job {manifest.job}:")
+    out.print(table)
