@@ -15,6 +15,7 @@ app = typer.Typer(
 for command in (job.validate, job.run, job.env, data.tokenize, convert.convert_config):
     app.command()(command)
 app.add_typer(checkpoint.app, name="checkpoint")
+app.add_typer(data.app, name="data")
 
 
 def main() -> None:

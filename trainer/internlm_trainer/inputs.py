@@ -53,7 +53,7 @@ def open_inputs(spec: TrainSpec, store: CheckpointStore, world: Processes, attem
     vocab_size = config.model_shape(spec.model).vocab_size
     world.together(lambda: check_vocabulary(tokenizer, vocab_size, spec.data.tokenizer))
     loader = world.together(
-        lambda: RowLoader(spec.data.train, **_row_settings(spec), min_length=spec.data.min_length)
+        lambda: RowLoader(spec.data.train, **row_settings(spec), min_length=spec.data.min_length)
     )
     held_out = world.together(lambda: _validation_rows(spec, world))
     return Inputs(tokenizer, loader, held_out)
@@ -81,7 +81,7 @@ def _prepare(spec: TrainSpec) -> None:
         )
 
 
-def _row_settings(spec: TrainSpec) -> dict[str, Any]:
+def row_settings(spec: TrainSpec) -> dict[str, Any]:
     """How rows are cut, the same for training and validation."""
     return {
         "row_tokens": config.row_tokens(spec),
@@ -98,7 +98,7 @@ def _validation_rows(spec: TrainSpec, world: Processes) -> list[Row]:
         return []
     return validation_rows(
         spec.data.validation,
-        **_row_settings(spec),
+        **row_settings(spec),
         count=spec.training.validation_rows,
         rank=world.rank,
         world_size=world.size,

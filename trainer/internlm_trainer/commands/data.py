@@ -12,8 +12,10 @@ from rich.markup import escape
 from rich.table import Table
 
 from internlm_trainer.commands.common import EXIT_USER_ERROR, out, sentences
+from internlm_trainer.errors import UserError
 
 if TYPE_CHECKING:
+    from internlm_trainer.checkpoint.format import Manifest
     from internlm_trainer.data.inspect import Inspection
     from internlm_trainer.data.tokenizer import Tokenizer
 
@@ -122,23 +124,45 @@ def _show(found: Inspection, tokenizer: Tokenizer | None) -> None:
         out.print(f"{2**power:>10,} tokens and more {bar} {count:,}", highlight=False)
     for place, ids in found.examples:
         text = repr(tokenizer.decode(abs(ids).tolist())) if tokenizer else str(ids.tolist())
-        out.print(f"[bold]{escape(place)}[/bold] ({len(ids):,} tokens): {escape(text[:500])}", highlight=False)
+        out.print(
+            f"[bold]{escape(place)}[/bold] ({len(ids):,} tokens): {escape(text[:500])}", highlight=False
+        )
+
+
+def _manifest(url: str) -> Manifest:
+    """The manifest of a step's folder, or of the newest one in a job's folder."""
+    from internlm_trainer.checkpoint.folder import Folder
+    from internlm_trainer.checkpoint.format import MANIFEST, decode, parse_step, step_name
+
+    parent, _, last = url.rstrip("/").rpartition("/")
+    asked = parse_step(last)
+    folder = Folder(parent or "." if asked is not None else url, patience=10.0)
+    found = [step for step in map(parse_step, folder.names()) if step is not None]
+    for step in sorted(found, reverse=True) if asked is None else [asked]:
+        if MANIFEST in folder.names(step_name(step)):
+            return decode(folder.read(step_name(step), MANIFEST), step_name(step))[0]
+    raise UserError(
+        f"{url}: no finished checkpoint there; give a job's checkpoint.path or a step's folder in it"
+    )
 
 
 @app.command()
 @sentences
 def ledger(
-    checkpoint: Annotated[str, typer.Argument(help="checkpoint.path of a job (the newest one), or a step's folder.")],
+    checkpoint: Annotated[
+        str, typer.Argument(help="checkpoint.path of a job (the newest one), or a step's folder.")
+    ],
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Show what a job had taken of each of its sources when a checkpoint was written."""
-    from internlm_trainer.checkpoint.inspect import read_manifest
     from internlm_trainer.data.ledger import entries
 
-    manifest = read_manifest(checkpoint)
+    manifest = _manifest(checkpoint)
     accounts = entries(manifest.state["loader"])
     if as_json:
-        typer.echo(json.dumps({"step": manifest.step, "sources": [entry._asdict() for entry in accounts]}, indent=1))
+        typer.echo(
+            json.dumps({"step": manifest.step, "sources": [entry._asdict() for entry in accounts]}, indent=1)
+        )
         return
     table = Table("source", "weight", "rows", "tokens", "skipped rows", "epochs", "row of epoch")
     for column in table.columns[1:]:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import itertools
 import logging
+import math
 import os
 import random
 import time
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from threading import Lock
+from threading import Event, Lock
 from typing import Any, NamedTuple, Protocol
 
 from internlm_trainer.data.block_cache import BlockCache
@@ -19,6 +20,7 @@ from internlm_trainer.storage import StorageUnreachableError, explain
 
 log = logging.getLogger(__name__)
 _READERS = 16
+_TELL_SECONDS = 10.0
 
 _Block = tuple[str, int]
 """(path, number)"""
@@ -35,6 +37,10 @@ class ByteRanges(Protocol):
 
     def prefetch(self, ranges: Sequence[Range]) -> None:
         """Begin to fetch what `read` will be asked for, if that takes time."""
+        ...
+
+    def stop(self) -> None:
+        """Let reads that wait for a store fail at once."""
         ...
 
     def close(self) -> None:
@@ -58,6 +64,9 @@ class LocalRanges:
 
     def prefetch(self, ranges: Sequence[Range]) -> None:
         """Nothing: the system reads ahead."""
+
+    def stop(self) -> None:
+        """Nothing: no read waits for long."""
 
     def close(self) -> None:
         """Close the files."""
@@ -103,6 +112,8 @@ class RemoteRanges:
     for `patience` seconds.
     """
 
+    patience = 60.0
+
     def __init__(
         self,
         fs: Any,
@@ -112,15 +123,16 @@ class RemoteRanges:
         block_bytes: int = 256 << 10,
         cached_bytes: int = 64 << 20,
         ahead_bytes: int = 128 << 20,
-        patience: float = 60.0,
     ) -> None:
-        self._fs, self._files, self._cache, self._patience = fs, files, cache, patience
+        self._fs, self._files, self._cache = fs, files, cache
         self._block_bytes = block_bytes
         self._max_blocks = max(cached_bytes // block_bytes, 1)
         self._max_ahead = ahead_bytes // block_bytes
         self._blocks: OrderedDict[_Block, bytes] = OrderedDict()
         self._coming: dict[_Block, Future[bytes]] = {}
         self._lock = Lock()
+        self._stopped = Event()
+        self._told = -math.inf
         self._pool = ThreadPoolExecutor(_READERS, thread_name_prefix="blocks")
 
     def prefetch(self, ranges: Sequence[Range]) -> None:
@@ -197,15 +209,22 @@ class RemoteRanges:
                     raise UserError(sentence) from error
                 told = sentence or str(error) or type(error).__name__
             waited = time.monotonic() - began
-            if waited >= self._patience:
+            if waited >= self.patience:
                 raise StorageUnreachableError(
                     f"{path} could not be read for {waited:.0f} s, {attempt + 1} times (last: {told}); is the store up?"
                 )
-            pause = min(0.1 * 2**attempt, 5.0) * random.uniform(0.5, 1.5)  # noqa: S311 - not a secret
-            log.warning("%s: %s; trying again in %.1f s", path, told, pause)
-            time.sleep(pause)
+            if time.monotonic() - self._told > _TELL_SECONDS:
+                self._told = time.monotonic()
+                log.warning("%s could not be read (%s); trying again", path, told)
+            if self._stopped.wait(min(0.1 * 2**attempt, 5.0) * random.uniform(0.5, 1.5)):  # noqa: S311 - not a secret
+                raise StorageUnreachableError(f"{path} was given up")
         raise AssertionError
+
+    def stop(self) -> None:
+        """Let reads that wait for the store fail at once."""
+        self._stopped.set()
 
     def close(self) -> None:
         """End the threads."""
+        self.stop()
         self._pool.shutdown(wait=False, cancel_futures=True)

@@ -202,6 +202,8 @@ class RowLoader:
 
     def close(self) -> None:
         """End the background threads."""
+        for source in self.sources:
+            source.stop()
         self._drop_prepared()
         for worker in (self._planner, self._reader):
             worker.shutdown(wait=True, cancel_futures=True)

@@ -109,6 +109,10 @@ class Source:
         lines = self.files[0].ranges.read([file.byte_range(number) for file, number in found])
         return parse_samples(found, lines, vocab_size)
 
+    def stop(self) -> None:
+        """Let reads that wait for a store fail at once."""
+        self.files[0].ranges.stop()
+
     def close(self) -> None:
         """Let go of threads and files."""
         self.files[0].ranges.close()

@@ -1,0 +1,253 @@
+"""Rows from object storage: read ahead, tried again, and kept on the node's disk within bounds."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import wait
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from internlm_trainer.config import CacheSpec, SourceSpec
+from internlm_trainer.data.bin_format import write_bin
+from internlm_trainer.data.block_cache import BlockCache
+from internlm_trainer.data.byte_ranges import RemoteRanges
+from internlm_trainer.data.loader import RowLoader
+from internlm_trainer.data.mapped import MappedArrays
+from internlm_trainer.storage import StorageUnreachableError, join, open_fs
+from trainer.conftest import FaultProxy, Minio
+
+SETTINGS: dict[str, Any] = {
+    "row_tokens": 200,
+    "seq_len": 100,
+    "packing": "documents",
+    "seed": 7,
+    "vocab_size": 50_000,
+}
+
+
+def write_corpus(url: str) -> str:
+    """Some thousand samples, which are a dozen blocks of 256 KiB, in two files."""
+    random = np.random.RandomState(0)
+    for name in ("a.bin", "b.bin"):
+        with write_bin(join(url, name)) as writer:
+            for length in random.randint(1, 400, 1200):
+                writer.write(random.randint(3, 50_000, length).tolist())
+    return url
+
+
+@pytest.fixture
+def corpus(tmp_path: Path) -> str:
+    return write_corpus(str(tmp_path / "corpus"))
+
+
+@pytest.fixture
+def remote(minio: Minio, corpus: str) -> str:
+    url = minio.bucket()
+    fs, path = open_fs(url)
+    for file in Path(corpus).iterdir():
+        fs.put_file(str(file), f"{path}/{file.name}")
+    return url
+
+
+def loader_of(url: str, cache: CacheSpec | None = None) -> RowLoader:
+    return RowLoader([SourceSpec(path=url)], **SETTINGS, cache=cache)
+
+
+def rows_of(loader: RowLoader, steps: int = 40) -> list[list[int]]:
+    rows = [row.tokens.tolist() for _ in range(steps) for row in loader.next_step(4, range(4))]
+    loader.close()
+    return rows
+
+
+def reads(proxy: FaultProxy) -> int:
+    """Parts of .bin files that were asked for."""
+    return len([line for line in proxy.seen if line.startswith("GET") and ".bin " in line.replace("?", " ")])
+
+
+def test_a_store_that_fails_now_and_then_gives_the_same_rows(
+    fault_proxy: FaultProxy, remote: str, corpus: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("internlm_trainer.data.byte_ranges.random.uniform", lambda *_: 0.01)
+    loader, count = loader_of(remote), 0
+
+    def fault(_method: str, _path: str) -> int | None:
+        nonlocal count
+        count += 1
+        if count % 5 == 1:
+            return 500
+        if count % 5 == 2:
+            raise ConnectionAbortedError("cut for a test")  # without an answer
+        if count % 5 == 3:
+            time.sleep(0.05)
+        return 503 if count % 5 == 4 else None
+
+    fault_proxy.fault = fault
+    assert rows_of(loader) == rows_of(loader_of(corpus))
+    assert count > 20
+
+
+def test_a_store_that_does_not_come_back_is_said(
+    fault_proxy: FaultProxy, remote: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(RemoteRanges, "patience", 0.5)
+    loader = loader_of(remote)
+    fault_proxy.fault = lambda _method, _path: 500
+    with pytest.raises(
+        StorageUnreachableError,
+        match=r"\.bin could not be read for \d+ s, \d+ times \(last: .*\); is the store up",
+    ):
+        rows_of(loader)
+
+
+def test_steps_are_read_ahead_of_the_trainer(fault_proxy: FaultProxy, remote: str, corpus: str) -> None:
+    loader = loader_of(remote)
+    rows = [row.tokens.tolist() for row in loader.next_step(4, range(4))]
+    wait([step.result for step in loader._prepared])
+    fault_proxy.fault = lambda _method, _path: 500
+    for _ in range(8):
+        rows += [row.tokens.tolist() for row in loader.next_step(4, range(4))]
+    loader.close()
+    assert rows == rows_of(loader_of(corpus), 9)
+
+
+def test_what_was_read_once_is_read_from_the_disk(
+    fault_proxy: FaultProxy, remote: str, corpus: str, tmp_path: Path
+) -> None:
+    cache = CacheSpec(path=str(tmp_path / "cache"), sizeGi=1)
+    expected = rows_of(loader_of(corpus))
+    assert rows_of(loader_of(remote, cache)) == expected
+    first = reads(fault_proxy)
+    assert first >= 8
+    assert rows_of(loader_of(remote, cache)) == expected
+    assert reads(fault_proxy) == first
+
+    # Blocks and arrays that a crash has damaged are not believed.
+    files = sorted(path for path in (tmp_path / "cache").rglob("*") if path.is_file() and path.name != "lock")
+    assert {path.parent.parent.name for path in files} == {"blocks", "index"}
+    for number, path in enumerate(files):
+        content = path.read_bytes()
+        if path.suffix == ".npy" or number % 2:
+            path.write_bytes(content[: len(content) // 2])
+        else:
+            path.write_bytes(bytes([content[0] ^ 1]) + content[1:])
+    assert rows_of(loader_of(remote, cache)) == expected
+    assert reads(fault_proxy) > first
+
+
+def test_a_file_that_was_replaced_is_not_taken_from_the_disk(
+    remote: str, corpus: str, tmp_path: Path
+) -> None:
+    cache = CacheSpec(path=str(tmp_path / "cache"), sizeGi=1)
+    rows_of(loader_of(remote, cache))
+    fs, path = open_fs(remote)
+    content = Path(corpus, "a.bin").read_bytes()
+    changed = content.replace(b"1", b"2")  # of the same length
+    Path(corpus, "a.bin").write_bytes(changed)
+    fs.pipe_file(f"{path}/a.bin", changed)
+    assert rows_of(loader_of(remote, cache)) == rows_of(loader_of(corpus))
+
+
+def test_local_files_may_have_their_index_on_the_disk(corpus: str, tmp_path: Path) -> None:
+    cache = CacheSpec(path=str(tmp_path / "cache"), sizeGi=1)
+    loader = loader_of(corpus, cache)
+    assert isinstance(loader.sources[0].files[0].starts, np.memmap)
+    assert rows_of(loader, 100) == rows_of(loader_of(corpus), 100)
+    kept = len(list((tmp_path / "cache/index").rglob("*.npy")))
+    assert rows_of(loader_of(corpus, cache), 1000) == rows_of(loader_of(corpus), 1000)
+    # Orders of epochs that are over go: two metas, and of each file no more than two orders.
+    assert kept <= len(list((tmp_path / "cache/index").rglob("*.npy"))) <= 2 + 2 * 2
+
+
+def use_cache(path: str, size: int, process: int) -> None:
+    cache = BlockCache(path, size)
+    random = np.random.RandomState(process)
+    for number in random.randint(0, 3000, 1000).tolist():
+        block = cache.get(str(number))
+        assert block is None or block == str(number).encode() * 300
+        cache.put(str(number), str(number).encode() * 300)
+
+
+def test_processes_share_a_cache_that_stays_within_its_size(tmp_path: Path) -> None:
+    size = 500_000
+    context = multiprocessing.get_context("spawn")
+    processes = [context.Process(target=use_cache, args=(str(tmp_path), size, n)) for n in range(3)]
+    largest = 0
+    for process in processes:
+        process.start()
+    while any(process.is_alive() for process in processes):
+        largest = max(largest, bytes_below(tmp_path))
+        time.sleep(0.05)
+    assert [process.exitcode for process in processes] == [0] * 3
+    assert 0.5 * size < bytes_below(tmp_path) <= size
+    assert largest <= size
+    assert not list(tmp_path.rglob("*.tmp"))
+
+
+def bytes_below(folder: Path) -> int:
+    total = 0
+    for path in folder.rglob("*"):
+        try:
+            total += path.stat().st_size if path.is_file() else 0
+        except FileNotFoundError:
+            continue
+    return total
+
+
+def test_the_least_recently_used_blocks_go_first(tmp_path: Path) -> None:
+    cache = BlockCache(str(tmp_path), 100_000)
+    for number in range(82):
+        cache.put(str(number), bytes(1000))
+        long_ago = time.time() - 10_000 + number
+        os.utime(cache._path(str(number)), (long_ago, long_ago))
+    assert cache.get("0")
+    for number in range(100, 120):
+        cache.put(str(number), bytes(1000))
+    assert cache.get("0")
+    assert not cache.get("1")
+    assert cache.get("119")
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 1 MiB."""
+    if os.geteuid() != 0:
+        pytest.skip("mounting a small disk needs root")
+    (tmp_path / "disk").mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", tmp_path / "disk"]
+    done = subprocess.run(mount, capture_output=True, text=True)
+    if done.returncode:
+        pytest.skip(f"no small disk can be mounted here: {done.stderr.strip()}")
+    yield tmp_path / "disk"
+    subprocess.run(["umount", tmp_path / "disk"], check=True)
+
+
+def test_a_disk_that_fills_up_only_means_less_cache(
+    remote: str, corpus: str, disk: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert rows_of(loader_of(remote, CacheSpec(path=str(disk), sizeGi=1))) == rows_of(loader_of(corpus))
+    assert "takes no more blocks" in caplog.text
+
+
+def test_mapped_arrays_are_made_once(tmp_path: Path) -> None:
+    made: list[str] = []
+
+    def maker(name: str) -> Callable[[], Any]:
+        def make() -> Any:
+            made.append(name)
+            return np.arange(6).reshape(2, 3)
+
+        return make
+
+    for _ in range(2):
+        arrays = MappedArrays(str(tmp_path))
+        assert arrays.get("a", maker("a")).tolist() == [[0, 1, 2], [3, 4, 5]]
+    arrays.get("b", maker("b"), instead_of="a")
+    arrays.get("a", maker("a"))
+    assert made == ["a", "b", "a"]
