@@ -47,7 +47,7 @@ ACTS = st.lists(
 )
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(acts=ACTS, weights=st.tuples(*[st.floats(0.1, 5)] * 3), min_length=st.sampled_from([0, 4]))
 def test_the_ledger_is_what_was_given_out_and_skipped(
     corpus: Path, acts: list[Act], weights: tuple[float, ...], min_length: int

@@ -87,3 +87,13 @@ def test_no_row_is_left_out_or_trained_twice_over_kills_and_other_numbers_of_pro
     done = CliRunner().invoke(app, ["data", "ledger", str(tmp_path)])
     assert done.exit_code == 65
     assert "no finished checkpoint there" in done.stderr
+
+
+def test_a_job_ends_with_a_step_that_is_trained(tiny: Callable[..., TinyJob]) -> None:
+    job = tiny(training={"steps": LAST}, data={"skipSteps": ["3", f"50-{LAST}"]})
+    run = job.torchrun()
+    assert run.end() != 0
+    assert (
+        f"data.skipSteps[1]: 50-{LAST} includes the last step, {LAST}; end before it"
+        in run.message["message"]
+    )
