@@ -256,7 +256,7 @@ def test_a_file_that_its_meta_does_not_describe_is_said_with_the_line(
         read_back(open_bins(url, "data")[0])
 
 
-@settings(max_examples=60)
+@settings(max_examples=60, deadline=None)
 @given(data=st.data())
 def test_ranges_are_read_alike_with_and_without_blocks(
     data: st.DataObject, tmp_path_factory: pytest.TempPathFactory
@@ -287,7 +287,7 @@ def test_ranges_are_read_alike_with_and_without_blocks(
     blocks.close()
 
 
-@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_many_lines_are_parsed_as_one_by_one(data: st.DataObject, write_samples: WriteSamples) -> None:
     """Whatever the lines say: the same ids, or the same sentence."""

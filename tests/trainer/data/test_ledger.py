@@ -90,6 +90,7 @@ def test_the_ledger_is_what_was_given_out_and_skipped(
         assert entry.rows == entry.epoch * entry.rows_of_epoch + entry.row
 
 
+@settings(deadline=None)
 @given(ranges=st.lists(st.tuples(st.integers(1, 30), st.integers(0, 8)), max_size=5), step=st.integers(0, 40))
 def test_steps_to_skip_are_those_that_follow_directly(ranges: list[tuple[int, int]], step: int) -> None:
     named = [str(first) if not more else f"{first}-{first + more}" for first, more in ranges]

@@ -127,7 +127,7 @@ def test_raw_files_are_those_of_internlms_tool_to_the_byte(
     assert np.load(out + ".meta").tolist() == meta
 
 
-@settings(max_examples=50)
+@settings(max_examples=50, deadline=None)
 @given(texts=st.lists(st.text(max_size=30), max_size=6), eos=st.booleans())
 def test_lines_are_what_json_writes(tokenizer: Tokenizer, texts: list[str], eos: bool) -> None:
     lines = LineEncoder(tokenizer, eos=eos).encode(texts)
