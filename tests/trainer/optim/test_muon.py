@@ -14,8 +14,7 @@ from internlm_trainer.config import OptimizerSpec
 from internlm_trainer.kernels.attention import Documents
 from internlm_trainer.model.internlm import InternLM, decays, hidden_matrices, initialise
 from internlm_trainer.optim.muon import orthogonalised
-from trainer.parallel.ranks import LENGTHS, ROWS, SHAPE, STEPS
-from trainer.parallel.test_hybrid_zero import assert_equal, run
+from trainer.parallel.ranks import LENGTHS, ROWS, SHAPE, STEPS, assert_equal, run
 
 LAYOUTS = [(1, 1, 1), (1, 1, 2), (1, 2, 4), (2, 2, 4), (4, 4, 4)]
 SPEC = OptimizerSpec.model_validate({"name": "muon", "weightDecay": 0.1})

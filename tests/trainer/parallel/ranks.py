@@ -1,4 +1,4 @@
-"""Trains a small model in every layout that it is given, as one of torchrun's processes.
+"""Trains a small model in every layout that it is given, as one of torchrun's processes; `run` starts them.
 
 Arguments: output folder, precision, layouts and a job's optimizer as JSON.  Rank 0 writes what each layout gave.
 """
@@ -6,9 +6,13 @@ Arguments: output folder, precision, layouts and a job's optimizer as JSON.  Ran
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F  # noqa: N812
@@ -23,6 +27,24 @@ from internlm_trainer.parallel.layout import ZeroLayout
 
 SHAPE = ModelShape(3, 64, 4, 2, 128, 300, 1e-6, 10000, True)
 STEPS, ROWS, LENGTHS = 20, 8, (20, 12, 32)
+
+
+def run(
+    folder: Path, processes: int, precision: str, layouts: list[tuple[int, int, int]], optimizer: str = "{}"
+) -> None:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    command += [__file__, str(folder), precision, json.dumps(layouts), optimizer]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+
+
+def assert_equal(ours: dict[str, Any], reference: dict[str, Any], tolerance: float) -> None:
+    assert ours["losses"] == pytest.approx(reference["losses"], rel=tolerance)
+    assert ours["norms"] == pytest.approx(reference["norms"], rel=10 * tolerance)
+    names = sorted(reference["weights"])
+    assert sorted(ours["weights"]) == names
+    mine, theirs = (torch.cat([r["weights"][name] for name in names]) for r in (ours, reference))
+    assert (mine - theirs).norm() <= tolerance * theirs.norm()
 
 
 def train(
@@ -80,7 +102,7 @@ def main() -> None:
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
     torch.set_num_threads(1)
     if torch.cuda.is_available():
-        device = torch.device("cuda", int(__import__("os").environ["LOCAL_RANK"]))
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
         torch.backends.cuda.matmul.allow_tf32 = False
         dist.init_process_group("cpu:gloo,cuda:nccl", device_id=device)
