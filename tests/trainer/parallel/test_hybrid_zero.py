@@ -38,6 +38,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.timeout(1200)  # the first one trains all
 @pytest.mark.parametrize("number", range(len(ROWS)), ids=[", ".join(row.cells[:3]) for row in ROWS])
 def test_any_layout_trains_and_resumes_as_one_process_does(trained: Path, number: int) -> None:
     row, found = ROWS[number], matrix.read(trained, number)

@@ -16,7 +16,7 @@ from internlm_trainer.config import ModelShape, OptimizerSpec, ZeroSpec
 from internlm_trainer.kernels import attention
 from internlm_trainer.kernels.attention import Documents
 from internlm_trainer.model.internlm import InternLM, decays, initialise
-from internlm_trainer.optim.adamw import MasterAdamW
+from internlm_trainer.optim.optimizer import MasterOptimizer
 from internlm_trainer.parallel.hybrid_zero import HybridZero
 from internlm_trainer.parallel.layout import ZeroLayout
 
@@ -61,7 +61,7 @@ class Training:
             initialise=fill,
             decays=decays,
         )
-        self.optimizer = MasterAdamW(self.zero, OptimizerSpec())
+        self.optimizer = MasterOptimizer(self.zero, OptimizerSpec())
         self.documents = Documents.of((TOKENS,), device)
         generator = torch.Generator(device).manual_seed(7)
         shape = (micro_batches, TOKENS)
