@@ -149,6 +149,12 @@ def test_activation_checkpointing_becomes_recomputation(fields: str, recompute: 
     assert spec(f"\nmodel = dict({model}, {fields})")["parallel"]["recompute"] == recompute
 
 
+def test_short_samples_and_batches_to_skip_are_taken_over_the_latter_counted_from_one() -> None:
+    data = "seq_len=1024, micro_num=4, micro_bsz=2, total_steps=1000, train_folder='/d', min_length=50"
+    found = spec(f"\ndata = dict({data}, skip_batches='1-10,20')")["data"]
+    assert (found["skipSteps"], found["minLength"]) == (["2-11", "21"], 50)
+
+
 def test_a_growing_batch_covers_the_same_tokens() -> None:
     data = "seq_len=1024, micro_num=4, micro_bsz=2, total_steps=1000, train_folder='/d'"
     found = spec(f"\ndata = dict({data}, rampup_batch_size='2 1 30')")["training"]

@@ -15,7 +15,7 @@ CONFIG = """
 JOB_NAME = "tiny_py"
 SEQ_LEN = 64
 ckpt = dict(save_ckpt_folder="local:ckpts", checkpoint_every=5)
-data = dict(seq_len=SEQ_LEN, micro_num=2, micro_bsz=2, total_steps=8, train_folder={train!r}, min_length=50)
+data = dict(seq_len=SEQ_LEN, micro_num=2, micro_bsz=2, total_steps=8, train_folder={train!r}, min_length=4)
 hybrid_zero_optimizer = dict(clip_grad_norm=1.0)
 adam = dict(lr=1e-2)
 lr_scheduler = dict(total_steps=data["total_steps"], warmup_ratio=0.25)
@@ -49,7 +49,7 @@ def test_a_python_configuration_trains_as_it_is(config: Path, corpus: Corpus) ->
     )
     assert run.returncode == 0, run.stdout + run.stderr
     assert "8 steps of 512 tokens on 2 CPU processes, zero (1, 1, 2)" in run.stdout
-    assert "config.py: data.min_length: " in run.stderr
+    assert "config.py: adam.weight_decay: " in run.stderr
     assert steps(config.parent / "ckpts") == [5, 8]
 
 

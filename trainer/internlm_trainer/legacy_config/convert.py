@@ -144,10 +144,21 @@ def _data(reader: Reader, machine: Machine) -> dict[str, Any]:
         data["validation"] = [{"path": _path(reader, "data.valid_folder", valid)}]
     data["packing"] = "contiguous" if reader.get("data.pack_sample_into_one", bool, False) else "documents"
     if shortest := reader.get("data.min_length", int, 0):
-        reader.note("data.min_length", f"samples with fewer than {shortest} tokens are kept here")
+        data["minLength"] = shortest
     if reader.get("data.min_length_dict", dict, {}):
-        reader.note("data.min_length_dict", "short samples are kept here")
+        reader.note("data.min_length_dict", "data.min_length counts for all samples here")
+    if skipped := _skipped(reader):
+        data["skipSteps"] = skipped
     return data
+
+
+def _skipped(reader: Reader) -> list[str]:
+    """Steps to skip, counted from 1; InternLM counts batches from 0: `"1-10,20"`."""
+    given = reader.get("data.skip_batches", str, "")
+    if not re.fullmatch(r"(\d+(-\d+)?(,\d+(-\d+)?)*)?", given):
+        reader.refuse("data.skip_batches", f'is {given!r}, which is no list such as "1-10,20"')
+    spans = [span.split("-") for span in given.split(",") if span]
+    return ["-".join(str(int(batch) + 1) for batch in span) for span in spans]
 
 
 def _training(reader: Reader, world_size: int) -> dict[str, Any]:

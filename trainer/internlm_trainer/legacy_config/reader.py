@@ -48,7 +48,6 @@ _WITHOUT_EFFECT: Mapping[str, str] = {
 }
 # Fields that have one value here: (path, what may stand there, what InternLM does where it is left out).
 _FIXED: tuple[tuple[str, tuple[Any, ...], Any], ...] = (
-    ("data.skip_batches", ("", None), ""),
     ("loss.label_smoothing", (0, None), 0),
     ("lr_scheduler.init_steps", (0,), 0),
     ("model.embed_grad_scale", (1,), 1),
