@@ -154,6 +154,10 @@ BAD = {
         edited(training__globalBatchTokens=4000),
         "spec.training.globalBatchTokens: must be a multiple of the tokens that all processes handle at once",
     ),
+    "moments too coarse for what they are to hold": (
+        edited(training__optimizer={"stateType": "bf16", "betas": [0.9, 0.999]}),
+        "spec.training.optimizer.stateType: bf16 needs a betas[1] of at most 0.99",
+    ),
     "a batch that starts as large as it gets": (
         edited(training__batchRampUp={"startTokens": "4Ki", "incrementTokens": "1Ki", "overTokens": "1M"}),
         "spec.training.batchRampUp.startTokens: must be less than training.globalBatchTokens",
@@ -215,6 +219,7 @@ BAD = {
 FINE = {
     "the least": edited(nodes=DELETE, processesPerNode=DELETE, training={"steps": 1}),
     "a preset": edited(model={"preset": "internlm-20b"}, training={"tokens": "200B"}),
+    "moments in bf16": edited(training__optimizer={"stateType": "bf16", "betas": [0, 0.99]}),
     "a batch that grows": edited(
         training__batchRampUp={"startTokens": "1Ki", "incrementTokens": 1024, "overTokens": "1.5B"}
     ),

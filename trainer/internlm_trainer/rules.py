@@ -164,6 +164,17 @@ TRAINING_RULES: tuple[Rule, ...] = (
         _ramp_arrives,
     ),
     Rule(
+        "training.optimizer.stateType",
+        "bf16 needs a betas[1] of at most 0.99 and no beta2Exponent: it has 8 bits, and a second moment that moves "
+        "by less at a time would stand still",
+        "self.training.optimizer.stateType != 'bf16' || "
+        "(self.training.optimizer.betas[1] <= 0.99 && self.training.optimizer.beta2Exponent == 0.0)",
+        lambda s, _: (
+            s.training.optimizer.state_type != "bf16"
+            or (s.training.optimizer.betas[1] <= 0.99 and s.training.optimizer.beta2_exponent == 0)
+        ),
+    ),
+    Rule(
         "training.schedule.warmupSteps",
         "must not exceed training.steps",
         "!has(self.training.steps) || self.training.schedule.warmupSteps <= self.training.steps",

@@ -86,5 +86,5 @@ def test_updates_wait_for_nothing_and_are_those_of_a_cpu(name: str, state_type: 
     expected, same_counts, same_scale = train(torch.device("cpu"), spec, watch=False)
     assert counts == same_counts == Counts(1, 0, 3)
     assert scale == same_scale == 4.0
-    # Moments that differ in fp32's last bit may be rounded to another bf16 neighbour.
+    # Moments that differ in fp32's last bit may be rounded to another bf16 number.
     assert (weights - expected).norm() <= (1e-6 if state_type == "fp32" else 1e-4) * expected.norm()

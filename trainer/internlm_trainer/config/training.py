@@ -32,7 +32,7 @@ class OptimizerSpec(Spec):
     clip_grad_norm: Annotated[float, Field(ge=0, le=1e6)] = 1.0
     """Largest global gradient norm; 0 switches clipping off."""
     state_type: Literal["fp32", "bf16"] = "fp32"
-    """Type of the moments. bf16, rounded stochastically, halves their memory."""
+    """Type of the moments. bf16 halves their memory."""
     backend: Literal["auto", "torch", "apex"] = "auto"
     """Kernels of AdamW: PyTorch's fused ones, or apex's where it is installed. auto is PyTorch's."""
 

@@ -10,7 +10,7 @@ from torch.optim.adamw import adamw
 
 from internlm_trainer.config import OptimizerSpec
 from internlm_trainer.errors import UserError
-from internlm_trainer.optim.state import Part, store
+from internlm_trainer.optim.state import Part
 
 KINDS = ("exp_avg", "exp_avg_sq")
 
@@ -26,8 +26,8 @@ class AdamW:
         self.updates = torch.zeros((), device=device)
         self.update = _apex_update if choose_backend(spec.backend, device) == "apex" else _torch_update
 
-    def step(self, step: int, lr: float, beta2: float, skip: Tensor) -> None:
-        """Update `step`, unless `skip` (0-dim bool)."""
+    def step(self, lr: float, beta2: float, skip: Tensor) -> None:
+        """One update, unless `skip` (0-dim bool)."""
         skip = skip.to(self.updates.device)
         self.updates += ~skip
         for parts, weight_decay in self.groups:
@@ -38,8 +38,8 @@ class AdamW:
             for part in parts:  # one by one, so that their fp32 copies do not all exist at once
                 moments = [part.states[kind].float() for kind in KINDS]
                 self.update([part], [[moment] for moment in moments], *settings)
-                for number, (kind, moment) in enumerate(zip(KINDS, moments, strict=True)):
-                    store(part.states[kind], moment, part.span.start, 2 * step + number)
+                for kind, moment in zip(KINDS, moments, strict=True):
+                    part.states[kind].copy_(moment)
 
 
 def choose_backend(asked: str, device: torch.device) -> str:

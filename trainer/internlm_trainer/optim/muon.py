@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from internlm_trainer.config import OptimizerSpec
-from internlm_trainer.optim.state import Part, store
+from internlm_trainer.optim.state import Part
 from internlm_trainer.parallel.bucket import Bucket
 from internlm_trainer.parallel.hybrid_zero import HybridZero
 from internlm_trainer.parallel.layout import Span
@@ -63,14 +63,14 @@ class Muon:
                 self.buckets.append((bucket, part, matrices))
         self.parts = [part for _, part, _ in self.buckets if part]
 
-    def step(self, step: int, lr: float, skip: Tensor) -> None:
-        """Update `step`, unless `skip` (0-dim bool on the device)."""
+    def step(self, lr: float, skip: Tensor) -> None:
+        """One update, unless `skip` (0-dim bool on the device)."""
         for bucket, part, matrices in self.buckets:
             # fp32 jobs iterate in fp32, others in bf16, whose range holds any momentum.
             dtype = torch.float32 if bucket.full.dtype == torch.float32 else torch.bfloat16
             ahead = torch.zeros(bucket.optimizer_span.size, dtype=dtype, device=self.zero.device)
             if part:
-                ahead[: part.span.size].copy_(self._advance(part, step, skip))
+                ahead[: part.span.size].copy_(self._advance(part, skip))
             whole = self._gather(bucket, ahead)
             if part:
                 for span, rows in matrices:
@@ -82,12 +82,12 @@ class Muon:
                         new = weight * (1 - lr * self.spec.weight_decay) - lr * scale * own
                         weight.copy_(torch.where(skip.to(weight.device), weight, new))
 
-    def _advance(self, part: Part, step: int, skip: Tensor) -> Tensor:
+    def _advance(self, part: Part, skip: Tensor) -> Tensor:
         """Move the momentum on, and give Nesterov's look ahead of it."""
         state, gradient, skip = part.states["momentum"], part.gradient, skip.to(part.weight.device)
         old = state.float()
         new = old.lerp(gradient, 1 - self.spec.momentum)
-        store(state, torch.where(skip, old, new), part.span.start, step)
+        state.copy_(torch.where(skip, old, new))
         return gradient.lerp(new, self.spec.momentum)
 
     def _gather(self, bucket: Bucket, own: Tensor) -> Tensor:

@@ -48,8 +48,8 @@ class MasterOptimizer:
         skip: 0-dim bool on the device; where it is true, nothing changes, whatever the gradients are.
         """
         skip = torch.zeros((), dtype=torch.bool, device=self.zero.device) if skip is None else skip
-        self.adamw.step(self.done, lr, beta2(self.spec, self.done), skip)
-        self.muon.step(self.done, lr, skip)
+        self.adamw.step(lr, beta2(self.spec, self.done), skip)
+        self.muon.step(lr, skip)
         self.done += 1
 
     def set_step(self, done: int, skipped: int) -> None:

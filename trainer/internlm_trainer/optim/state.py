@@ -53,27 +53,3 @@ class Part:
             own = slice(met.start - self.span.start, met.stop - self.span.start)
             for kind, values in {"master": self.weight, **self.states}.items():
                 yield StatePiece(kind, entry.name, inside, values[own])
-
-
-def store(state: Tensor, values: Tensor, first: int, seed: int) -> None:
-    """Write fp32 `values` to a state, bf16 ones by stochastic rounding.
-
-    A second moment that decays by less than half of bf16's last place, 0.2%, would stand still for ever if it were
-    rounded to the nearest; rounded up or down at random it moves as it should on average.  The randomness is a hash
-    of `seed` and each element's place from `first` on, so that neither the layout nor an interruption changes it.
-    What is a bf16 number already stays what it is.
-    """
-    if state.dtype == torch.bfloat16:
-        noise = torch.arange(first, first + values.numel(), dtype=torch.int32, device=values.device)
-        # Mixing by Chris Wellons' lowbias32, https://nullprogram.com/blog/2018/07/31/; products wrap around.
-        noise.mul_(-1640531527).add_(_int32(seed * 0x85EBCA6B))
-        for shift, factor in ((16, 0x7FEB352D), (15, -2073319797)):
-            noise.bitwise_xor_((noise >> shift).bitwise_and_((1 << (32 - shift)) - 1)).mul_(factor)
-        noise.bitwise_xor_(noise >> 16).bitwise_and_(0xFFFF)
-        values = (values.view(torch.int32) + noise).bitwise_and_(-0x10000).view(torch.float32)
-    state.copy_(values)
-
-
-def _int32(number: int) -> int:
-    """The number modulo 2^32, as a signed one."""
-    return (number + 2**31) % 2**32 - 2**31
