@@ -145,6 +145,8 @@ class Trainer:
         first_copy = self.zero.layout.coordinates(world.rank)[3] == 0  # replicas hold the same
         self.saver = Saver(store, world, writes=first_copy, max_age=spec.checkpoint.max_age_seconds)
         checkpoint = newest_good(store, world, self._restore)
+        if checkpoint:
+            self.zero.publish()
         log.info(
             "training %s parameters on %d processes (%s), zero %s, %d tokens a step, attention: %s (%s)",
             f"{parameter_count(shape):,}",
@@ -249,7 +251,8 @@ class Trainer:
         return {"tokens": self.tokens, "loader": self.loader.state_dict(), "guard": self.guard.state_dict()}
 
     def _restore(self, checkpoint: Checkpoint) -> None:
-        """Continue from a checkpoint of this or any other layout."""
+        """Continue from a checkpoint of this or any other layout.  Where it is bad for one rank, the others do not
+        hear of it in here, so this does not communicate."""
         self.step = self.start_step = checkpoint.step
         self.tokens = checkpoint.state["tokens"]
         if self.step > self.total_steps:
@@ -267,7 +270,6 @@ class Trainer:
                 f"{checkpoint.committed.uri}: {name} holds numbers that are infinite or none; remove that "
                 "checkpoint, so that the job goes on from the one before"
             )
-        self.zero.publish()
 
     def close(self) -> None:
         """Let go of threads and files."""

@@ -43,11 +43,11 @@ def test_a_job_whose_process_is_killed_goes_on_from_its_checkpoint_and_ends_with
     assert weights(job.checkpoints) == weights(uninterrupted.job.checkpoints)
 
 
-def test_a_killed_process_is_not_hidden_by_what_its_sibling_says(tiny: Make) -> None:
+def test_a_killed_process_is_not_hidden_by_what_its_sibling_says(tiny: Make, tmp_path: Path) -> None:
     training = tiny(training={"steps": 100000}).torchrun()
     training.wait_for("step 5/")
     source = Path(os.__file__).parent
-    raw = tiny()
+    raw = tiny(folder=tmp_path / "raw")
     raw.data = {
         "prepare": {"text": [f"{source}/*.py"], "sample": "line"},
         "tokenizer": str(raw.folder / "tokenizer.model"),
