@@ -155,7 +155,7 @@ def test_weights_that_became_infinite_end_the_job_and_leaves_the_last_checkpoint
     first = job.alone()
     assert first.end() == 0, first.log
     assert steps(job.checkpoints) == [2]
-    before = {file: file.read_bytes() for file in job.checkpoints.rglob("*") if file.is_file()}
+    before = {file: file.read_bytes() for file in job.checkpoints.glob("step-*/*")}
     job.training = {"optimizer": optimizer, "schedule": {}}
     job.checkpoint = {"everySteps": 1000}
     run = job.alone()
@@ -165,4 +165,4 @@ def test_weights_that_became_infinite_end_the_job_and_leaves_the_last_checkpoint
     assert "lower training.optimizer.lr" in run.message["message"]
     assert "the last checkpoint is untouched" in run.message["message"]
     assert "Traceback" not in run.log
-    assert {file: file.read_bytes() for file in job.checkpoints.rglob("*") if file.is_file()} == before
+    assert {file: file.read_bytes() for file in job.checkpoints.glob("step-*/*")} == before
