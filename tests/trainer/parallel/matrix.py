@@ -108,6 +108,7 @@ SPECIAL = [
     Layout(4, (1, 1, 4), node=2),
     Layout(4, (1, 2, 4), accumulation="full"),
     Layout(4, (1, 2, 4), offload="optimizer"),
+    Layout(4, (4, 4, 4), node=2, accumulation="full"),
     Layout(4, (4, 4, 4), node=2, accumulation="full", offload="optimizer"),
     Layout(4, (1, 1, 1), reduce="bf16"),
     Layout(4, (1, 2, 4), reduce="bf16"),
