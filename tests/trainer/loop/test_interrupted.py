@@ -27,7 +27,8 @@ def stopped_at(run: Running) -> int:
 def test_a_job_whose_process_is_killed_goes_on_from_its_checkpoint_and_ends_with_the_same_bits(
     tiny: Make, uninterrupted: Finished
 ) -> None:
-    job = tiny()
+    """In the middle of a save beside training, of which nothing shows: the other run waited for each of its saves."""
+    job = tiny(checkpoint={"everySteps": 10, "async": True, "keepEverySteps": 10})
     run = job.torchrun()
     run.wait_for("step 50/")
     victim = run.workers()[1]
@@ -38,7 +39,6 @@ def test_a_job_whose_process_is_killed_goes_on_from_its_checkpoint_and_ends_with
     again = job.torchrun()
     assert again.end() == 0, again.log
     assert stopped_at(again) == newest
-    assert newest % EVERY == 0
     assert again.message["reason"] == "Completed"
     assert weights(job.checkpoints) == weights(uninterrupted.job.checkpoints)
 
@@ -75,7 +75,7 @@ def _rank(pid: int) -> int:
 def test_ctrl_c_saves_at_once_and_the_same_command_goes_on_from_that_very_step(
     tiny: Make, uninterrupted: Finished
 ) -> None:
-    job = tiny(checkpoint={"everySteps": 100000})
+    job = tiny(checkpoint={"everySteps": 100000, "async": True})
     run = job.internlm_run()
     run.wait_for("step 50/")
     run.process.send_signal(signal.SIGINT)
@@ -119,7 +119,7 @@ def _runs(pid: int) -> bool:
 def test_an_evicted_pod_says_at_which_step_it_saved_and_other_layouts_go_on_alike(
     tiny: Make, uninterrupted: Finished, channel: Channel, tmp_path: Path
 ) -> None:
-    job = tiny(checkpoint={"everySteps": 100000})
+    job = tiny(checkpoint={"everySteps": 100000, "async": True})
     run = job.torchrun()
     run.wait_for("step 50/")
     run.process.send_signal(signal.SIGTERM)
