@@ -71,6 +71,13 @@ def gpu_count() -> int:
     return torch.cuda.device_count()
 
 
+def gpu_memory() -> int | None:
+    """Bytes of the first GPU's memory; None without one."""
+    import torch
+
+    return torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else None
+
+
 def card(device: torch.device) -> str:
     """The name that CUDA gives the device; empty for a CPU."""
     import torch

@@ -14,8 +14,10 @@ import sys
 from pathlib import Path
 
 from internlm_operator.api import Job, JobError, JobSpec, load_manifests, parse_job, parse_spec
+from internlm_trainer import machine
 from internlm_trainer.checkpoint import StorageUnavailable
 from internlm_trainer.errors import Diverged, StepFailed, UserError
+from internlm_trainer.plan.choose import out_of_memory_advice
 from internlm_trainer.processes import Processes, SiblingDied, Stopped
 from internlm_trainer.storage import StorageUnreachableError
 from internlm_trainer.telemetry.diagnostics import (
@@ -98,10 +100,11 @@ def _what_to_change(error: Exception, spec: JobSpec, rank: int) -> str:
     if spec.telemetry.memory_history and spec.gpus_per_node:
         snapshot = leave_memory_snapshot(spec.telemetry.diagnostics_path, rank)
     history = f"; who took it is in {snapshot}, for https://pytorch.org/memory_viz" if snapshot else ""
-    return (
-        f"rank {rank}: memory is full: {str(error).splitlines()[0] if str(error) else type(error).__name__}: make "
-        "training.microBatchSize or model.seqLen smaller, or shard more by parallel.zero" + history
-    )
+    advice = "make training.microBatchSize or model.seqLen smaller, or shard more by parallel.zero"
+    if spec.gpus_per_node and (memory := machine.gpu_memory()):
+        advice = out_of_memory_advice(spec, spec.world_size, spec.gpus_per_node, memory)
+    what = str(error).splitlines()[0] if str(error) else type(error).__name__
+    return f"rank {rank}: memory is full: {what}: {advice}{history}"
 
 
 def _end(reason: str, sentence: str, code: int, step: int | None = None) -> int:

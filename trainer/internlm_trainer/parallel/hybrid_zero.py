@@ -26,10 +26,8 @@ from torch import Tensor, nn
 
 from internlm_trainer.config import ZeroSpec
 from internlm_trainer.parallel.bucket import Bucket
-from internlm_trainer.parallel.layout import ZeroLayout, bucket_layout
+from internlm_trainer.parallel.layout import ALIGNMENT, ZeroLayout, bucket_layout
 from internlm_trainer.parallel.mesh import Mesh, Streams
-
-ALIGNMENT = 64  # elements: keeps every shard of every bucket aligned for vector loads and for NCCL
 
 
 class HybridZero:

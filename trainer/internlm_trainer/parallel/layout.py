@@ -25,6 +25,7 @@ from collections.abc import Sequence
 from math import gcd, prod
 from typing import Literal, NamedTuple
 
+ALIGNMENT = 64  # elements: keeps every shard of every bucket aligned for vector loads and for NCCL
 LEVELS = ("parameters", "gradients", "optimizer", "replicas")
 PARAMETERS, GRADIENTS, OPTIMIZER, REPLICAS = range(4)
 

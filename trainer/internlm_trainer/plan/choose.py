@@ -1,0 +1,170 @@
+"""Every legal layout of a job, and the one to take."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+from internlm_trainer.config import TrainSpec
+from internlm_trainer.config.parallel import recomputed_blocks
+from internlm_trainer.parallel.layout import ZeroLayout
+from internlm_trainer.plan.memory import MARGIN, Memory, Work, memory
+from internlm_trainer.plan.traffic import Traffic, traffic
+
+RECOMPUTE = ("none", "selective", "25%", "50%", "75%", "full")
+"""Settings that are tried, the least computation first."""
+SHORT = 12
+"""Options that are shown, at most, beside the job's own."""
+RULE = (
+    f"of what leaves {MARGIN:.0%} of the memory free, what sends least to other nodes; of equals, what computes "
+    "least again, then sends least inside the node, then needs least memory"
+)
+
+
+class Option(NamedTuple):
+    """A layout with a `parallel.recompute`, and what it costs."""
+
+    layout: ZeroLayout
+    recompute: str
+    memory: Memory
+    traffic: Traffic
+    own: bool
+    """It is the job's own."""
+
+    @property
+    def degrees(self) -> tuple[int, int, int]:
+        return self.layout.parameters, self.layout.gradients, self.layout.optimizer
+
+    def __str__(self) -> str:
+        return f"zero {self.degrees}, recompute {self.recompute}"
+
+
+class Plan(NamedTuple):
+    """What a job can be laid out as."""
+
+    options: tuple[Option, ...]
+    """Of each layout, from the least recomputation to the first that fits."""
+    device_memory: int
+    best: Option | None
+    """By `RULE`; None where nothing fits."""
+    reason: str
+
+    @property
+    def own(self) -> Option | None:
+        """The job's own; None where its degrees do not divide the ranks."""
+        return next((option for option in self.options if option.own), None)
+
+    @property
+    def shortlist(self) -> tuple[Option, ...]:
+        """Those worth a look: of each layout the least recomputation that fits, and of these the ones that no other
+        one beats in memory, in recomputation and in both kinds of traffic at once."""
+        first: dict[tuple[int, int, int], Option] = {}
+        for option in self.options:
+            if option.memory.fits(self.device_memory):
+                first.setdefault(option.degrees, option)
+        front = [one for one in first.values() if not any(_beats(other, one) for other in first.values())]
+        marked = [self.own] if self.own and self.own not in sorted(front, key=_cost)[:SHORT] else []
+        return tuple(sorted([*sorted(front, key=_cost)[:SHORT], *marked], key=_cost))
+
+
+def make_plan(
+    spec: TrainSpec, world_size: int, ranks_per_node: int, device_memory: int, *, gpu: bool = True
+) -> Plan:
+    """Every layout of `world_size` ranks on devices of `device_memory` bytes, and the one to take."""
+    zero, recompute = spec.parallel.zero.degrees(world_size), spec.parallel.recompute
+    work = Work.of(spec, world_size, gpu=gpu)
+    settings = (*RECOMPUTE, *({recompute} - set(RECOMPUTE)))
+    ordered = sorted(settings, key=_computed_again)
+    options = []
+    for degrees in legal_degrees(world_size):
+        layout = ZeroLayout(world_size, *degrees, ranks_per_node)
+        sent, enough = traffic(work, layout), False
+        for setting in ordered:
+            own = degrees == zero and setting == recompute
+            if own or not enough:
+                need = memory(work, layout, setting)
+                options.append(Option(layout, setting, need, sent, own))
+                enough = enough or need.fits(device_memory)
+    fitting = [option for option in options if option.memory.fits(device_memory)]
+    best = min(fitting, key=_cost) if fitting else None
+    return Plan(tuple(options), device_memory, best, _reason(best, options, device_memory))
+
+
+def legal_degrees(world_size: int) -> Iterable[tuple[int, int, int]]:
+    """Every (p, g, o) in which each divides the next and the last the ranks."""
+    divisors = [n for n in range(1, world_size + 1) if world_size % n == 0]
+    for o in divisors:
+        for g in (n for n in divisors if o % n == 0):
+            for p in (n for n in divisors if g % n == 0):
+                yield p, g, o
+
+
+def out_of_memory_advice(spec: TrainSpec, world_size: int, ranks_per_node: int, memory_bytes: int) -> str:
+    """What to change in a job that ran out of memory on devices of `memory_bytes`: one sentence, with numbers.
+
+    First what changes no result and no layout, recomputation; then the layout; then the micro-batch.
+    """
+    found = make_plan(spec, world_size, ranks_per_node, memory_bytes)
+    own = found.own
+    assert own, "a job that runs has a legal layout"
+    needs = f"the planner counts {_gib(own.memory.total)} of {_gib(memory_bytes)} a GPU for {own}"
+    smaller = [
+        option
+        for option in found.options
+        if option.memory.fits(memory_bytes) and option.memory.total < own.memory.total
+    ]
+    same = [option for option in smaller if option.degrees == own.degrees]
+    if same:
+        return f"{needs}: set parallel.recompute to {same[0].recompute}, which needs {_gib(same[0].memory.total)}"
+    if smaller:
+        best = min(smaller, key=_cost)
+        p, g, o = best.degrees
+        also = f" and parallel.recompute to {best.recompute}" if best.recompute != own.recompute else ""
+        return (
+            f"{needs}: set parallel.zero to {{parameters: {p}, gradients: {g}, optimizer: {o}}}{also}, which needs "
+            f"{_gib(best.memory.total)}"
+        )
+    least = min(found.options, key=lambda option: option.memory.total)
+    return (
+        f"{needs}, and no layout leaves {MARGIN:.0%} free: the least is {_gib(least.memory.total)} for {least}, of it "
+        f"{_gib(least.memory.activations + least.memory.logits)} activations and logits; make "
+        "training.microBatchSize (or microBatchTokens) or model.seqLen smaller, or use more GPUs"
+    )
+
+
+def _computed_again(recompute: str) -> float:
+    """Share of the forward pass that is computed twice; a few percent by operation."""
+    return 0.05 if recompute == "selective" else sum(recomputed_blocks(recompute, 100)) / 100
+
+
+def _cost(option: Option) -> tuple[float, ...]:
+    """What `RULE` compares."""
+    sent = option.traffic.total
+    again = _computed_again(option.recompute)
+    return sent.across, again, sent.inside, option.memory.total, *option.degrees
+
+
+def _beats(one: Option, other: Option) -> bool:
+    """Whether `one` is nowhere worse than `other`, and somewhere better."""
+
+    mine, theirs = _cost(one)[:4], _cost(other)[:4]
+    return mine != theirs and all(a <= b for a, b in zip(mine, theirs, strict=True))
+
+
+def _reason(best: Option | None, options: list[Option], device_memory: int) -> str:
+    if best is None:
+        least = min(options, key=lambda option: option.memory.total)
+        return (
+            f"nothing fits into {_gib(device_memory)} with {MARGIN:.0%} to spare: the least is {least} with "
+            f"{_gib(least.memory.total)}, {_gib(least.memory.activations + least.memory.logits)} of it activations and "
+            "logits; make training.microBatchSize smaller, or use more GPUs"
+        )
+    sent = best.traffic.total
+    return (
+        f"{best}: {RULE}. It needs {_gib(best.memory.total)} of {_gib(device_memory)}, and a rank sends "
+        f"{_gib(sent.across)} to other nodes and {_gib(sent.inside)} inside its node in a step"
+    )
+
+
+def _gib(size: float) -> str:
+    return f"{size / 2**30:.1f} GiB"
