@@ -53,24 +53,28 @@ def test_the_nodes_of_a_group_are_those_that_its_ranks_are_on(sizes: list[int], 
 
 
 def test_traffic_of_two_nodes_by_hand() -> None:
-    """4 micro-batches in fp32 on 2 nodes of 2; N is the padded number of parameters, the same for o of 2 and 4."""
+    """4 micro-batches in fp32 on 2 nodes of 2; n is the number of parameters, padded for o."""
     work = Work.of(small(4, (1, 1, 4), micro_batches=4), 4)
-    n = sum(unit.padded(4) * unit.copies for unit in work.units)
-    blocks = sum(unit.padded(4) * unit.copies for unit in work.units if unit.name in ("block", "norm"))
-    ends = n - blocks  # embedding and head are gathered once a micro-batch, the others twice
 
-    def of(*degrees: int) -> list[Sent]:
-        return list(traffic(work, ZeroLayout(4, *degrees, 2)))
+    def of(p: int, g: int, o: int) -> tuple[list[Sent], int]:
+        return list(traffic(work, ZeroLayout(4, p, g, o, 2))), padded(o)
+
+    def padded(o: int, *names: str) -> int:
+        return sum(unit.padded(o) * unit.copies for unit in work.units if not names or unit.name in names)
 
     # Replicas on both nodes: an all-reduce sends 2 (4 - 1) / 4 of 4 bytes, by a ring half of whose hops cross.
-    assert of(1, 1, 1) == [Sent(3 * n, 3 * n), Sent(), Sent()]
+    sent, n = of(1, 1, 1)
+    assert sent == [Sent(3 * n, 3 * n), Sent(), Sent()]
     # Inside: half. Across: half of the half that is left. And the same back.
-    assert of(1, 1, 4) == [Sent(2 * n, n), Sent(2 * n, n), Sent()]
+    sent, n = of(1, 1, 4)
+    assert sent == [Sent(2 * n, n), Sent(2 * n, n), Sent()]
     # Gradients inside the node after every micro-batch, their all-reduce across once.
-    assert of(1, 2, 2) == [Sent(4 * 2 * n, 2 * n), Sent(2 * n, 0), Sent()]
-    # Parameters too: nothing to do after the update.
-    twice = 2 * blocks + ends
-    assert of(2, 2, 2) == [Sent(4 * 2 * n, 2 * n), Sent(), Sent(4 * 2 * twice, 0)]
+    sent, n = of(1, 2, 2)
+    assert sent == [Sent(4 * 2 * n, 2 * n), Sent(2 * n, 0), Sent()]
+    # Parameters too, twice a micro-batch, but for embedding and head; nothing to do after the update.
+    sent, n = of(2, 2, 2)
+    gathered = 2 * padded(2, "block", "norm") + padded(2, "embedding", "head")
+    assert sent == [Sent(4 * 2 * n, 2 * n), Sent(), Sent(4 * 2 * gathered, 0)]
 
 
 def test_one_rank_sends_nothing() -> None:

@@ -147,7 +147,7 @@ def test_the_worst_moment_of_a_step_is_within_5_percent(
         next(step)
     counted = memory(Work.of(spec, 1, gpu=False), ZeroLayout(1, 1, 1, 1, 1), recompute)
     assert counted.total == pytest.approx(live.peak, rel=0.05)
-    assert recompute == "none" or counted.moment == moment
+    assert recompute != "full" or counted.moment == moment
 
 
 @pytest.mark.gpu

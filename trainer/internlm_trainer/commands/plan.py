@@ -92,7 +92,10 @@ def _table(found: Plan, options: tuple[Option, ...]) -> Table:
             ", ".join(marks),
             style=None if need.fits(found.device_memory) else "dim",
         )
-    table.caption = "GiB of a rank at the step's worst moment; inside, across: GiB that it sends in a step in its node and to others"
+    table.caption = (
+        "GiB of a rank at the step's worst moment; inside, across: GiB that it sends in a step within its node and "
+        "to other nodes"
+    )
     return table
 
 

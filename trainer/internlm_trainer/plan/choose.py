@@ -35,6 +35,17 @@ class Option(NamedTuple):
     def degrees(self) -> tuple[int, int, int]:
         return self.layout.parameters, self.layout.gradients, self.layout.optimizer
 
+    def cost(self) -> tuple[float, ...]:
+        """What `RULE` compares, and the degrees, so that there is one least."""
+        sent = self.traffic.total
+        again = _computed_again(self.recompute)
+        return sent.across, again, sent.inside, self.memory.total, *self.degrees
+
+    def beats(self, other: Option) -> bool:
+        """Whether this one is nowhere worse than the other, and somewhere better."""
+        mine, theirs = self.cost()[:4], other.cost()[:4]
+        return mine != theirs and all(a <= b for a, b in zip(mine, theirs, strict=True))
+
     def __str__(self) -> str:
         return f"zero {self.degrees}, recompute {self.recompute}"
 
@@ -62,9 +73,12 @@ class Plan(NamedTuple):
         for option in self.options:
             if option.memory.fits(self.device_memory):
                 first.setdefault(option.degrees, option)
-        front = [one for one in first.values() if not any(_beats(other, one) for other in first.values())]
-        marked = [self.own] if self.own and self.own not in sorted(front, key=_cost)[:SHORT] else []
-        return tuple(sorted([*sorted(front, key=_cost)[:SHORT], *marked], key=_cost))
+        front: list[Option] = []
+        for option in sorted(first.values(), key=Option.cost):  # what beats one comes before it
+            if len(front) < SHORT and not any(one.beats(option) for one in front):
+                front.append(option)
+        own = [self.own] if self.own and self.own not in front else []
+        return tuple(sorted([*front, *own], key=Option.cost))
 
 
 def make_plan(
@@ -86,7 +100,7 @@ def make_plan(
                 options.append(Option(layout, setting, need, sent, own))
                 enough = enough or need.fits(device_memory)
     fitting = [option for option in options if option.memory.fits(device_memory)]
-    best = min(fitting, key=_cost) if fitting else None
+    best = min(fitting, key=Option.cost) if fitting else None
     return Plan(tuple(options), device_memory, best, _reason(best, options, device_memory))
 
 
@@ -117,7 +131,7 @@ def out_of_memory_advice(spec: TrainSpec, world_size: int, ranks_per_node: int, 
     if same:
         return f"{needs}: set parallel.recompute to {same[0].recompute}, which needs {_gib(same[0].memory.total)}"
     if smaller:
-        best = min(smaller, key=_cost)
+        best = min(smaller, key=Option.cost)
         p, g, o = best.degrees
         also = f" and parallel.recompute to {best.recompute}" if best.recompute != own.recompute else ""
         return (
@@ -135,20 +149,6 @@ def out_of_memory_advice(spec: TrainSpec, world_size: int, ranks_per_node: int, 
 def _computed_again(recompute: str) -> float:
     """Share of the forward pass that is computed twice; a few percent by operation."""
     return 0.05 if recompute == "selective" else sum(recomputed_blocks(recompute, 100)) / 100
-
-
-def _cost(option: Option) -> tuple[float, ...]:
-    """What `RULE` compares."""
-    sent = option.traffic.total
-    again = _computed_again(option.recompute)
-    return sent.across, again, sent.inside, option.memory.total, *option.degrees
-
-
-def _beats(one: Option, other: Option) -> bool:
-    """Whether `one` is nowhere worse than `other`, and somewhere better."""
-
-    mine, theirs = _cost(one)[:4], _cost(other)[:4]
-    return mine != theirs and all(a <= b for a, b in zip(mine, theirs, strict=True))
 
 
 def _reason(best: Option | None, options: list[Option], device_memory: int) -> str:
