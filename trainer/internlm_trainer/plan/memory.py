@@ -194,13 +194,13 @@ def _moments(work: Work, layout: ZeroLayout, unit: Unit) -> int:
 def _update(work: Work, layout: ZeroLayout) -> int:
     """Temporaries of the optimizer's update.
 
-    Moments in bf16 are computed in fp32, a unit at a time, with random numbers; Muon gathers a block's momentum and
+    Moments in bf16 are computed in fp32, a unit at a time; Muon gathers a block's momentum and
     iterates on a matrix of it.
     """
     if work.zero.offload != "none":
         return 0
     shard = max(unit.padded(layout.optimizer) for unit in work.units) // layout.optimizer
-    fp32 = 5 * shard * FP32 if work.optimizer.state_type == "bf16" else 0
+    fp32 = 2 * shard * FP32 if work.optimizer.state_type == "bf16" else 0
     if work.optimizer.name != "muon":
         return fp32
     block = work.units.block.padded(layout.optimizer)
