@@ -241,6 +241,9 @@ def torch_layer(venv: Path, log: Log = print) -> Path:
                     _link(source, target / file)
         target.chmod(0o755)
         target.rename(layer)
+    # 5 GB each; the one before may be that of another checkout, whose tests run.
+    for old in sorted(cache_dir().glob("torch-*"), key=lambda folder: folder.stat().st_ctime)[:-2]:
+        shutil.rmtree(old)
     return layer
 
 
