@@ -249,6 +249,37 @@ def test_old_checkpoints_go_when_a_new_one_is_there(committed, unfinished, newes
     assert superseded(committed, unfinished, newest, keep, refused=refused) == removed
 
 
+def run_of(saves: list[int], keep: int, keep_every: int) -> set[int]:
+    """What is left after a job has saved these steps."""
+    there: set[int] = set()
+    for step in saves:
+        there |= {step}
+        there -= set(superseded(there, [], step, keep, keep_every))
+    return there
+
+
+@pytest.mark.parametrize(
+    ("saves", "keep", "keep_every", "left"),
+    [
+        (range(10, 101, 10), 2, 30, {30, 60, 90, 100}),
+        (range(10, 101, 10), 1, 10, set(range(10, 101, 10))),
+        ([10, 23, 37, 41, 52, 66, 71], 1, 20, {23, 41, 66, 71}),  # saves that came late
+        ([10, 100], 1, 30, {100}),
+    ],
+)
+def test_the_first_checkpoint_of_each_span_is_kept_for_ever(saves, keep, keep_every, left):
+    assert run_of(list(saves), keep, keep_every) == left
+
+
+@given(st.sets(st.integers(0, 200), min_size=1), st.integers(1, 4), st.integers(1, 50))
+def test_what_is_kept_for_ever_does_not_depend_on_when_one_looks(saves, keep, keep_every):
+    order = sorted(saves)
+    firsts = {
+        min(s for s in order if s // keep_every == span) for span in {s // keep_every for s in order} - {0}
+    }
+    assert run_of(order, keep, keep_every) == firsts | set(order[-keep:])
+
+
 @given(
     st.sets(st.integers(0, 20)),
     st.sets(st.integers(0, 20)),
