@@ -51,4 +51,4 @@ class Checkpointing(Callback):
         if isinstance(end, Saved):
             self.trainer.telemetry.saved(end.checkpoint, end.seconds, end.stall)
         else:
-            self.trainer.telemetry.save_failed(end.count)
+            self.trainer.telemetry.save_failed(end.step, end.count)

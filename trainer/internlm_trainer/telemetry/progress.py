@@ -154,35 +154,32 @@ class Telemetry:
         self._report["failedSaves"] = 0
         self._report["step"] = max(self._report["step"], committed.step)
         self._send()
-        if seconds is not None:
+        if seconds is not None and stall is not None:
             numbers = {
                 "checkpoint_step": committed.step,
                 "checkpoint_size": committed.bytes,
                 "save_time": seconds,
+                "checkpoint_stall": stall,
+                "failed_saves": 0,
             }
             self._sinks.write(committed.step, numbers)
-        if seconds is not None and not self._live:
-            fields = {
-                "step": committed.step,
-                "checkpoint_bytes": committed.bytes,
-                "checkpoint_seconds": seconds,
-                "checkpoint_stall": stall,
-            }
-            log.info(
-                "saved %s (%sB in %.1f s, checkpoint stall %.3f s)",
-                committed.uri,
-                _si(committed.bytes),
-                seconds,
-                stall,
-                extra={"fields": fields},
-            )
+            if not self._live:
+                log.info(
+                    "saved %s (%sB in %.1f s, checkpoint stall %.3f s)",
+                    committed.uri,
+                    _si(committed.bytes),
+                    seconds,
+                    stall,
+                    extra={"fields": _rounded({"step": committed.step, **numbers})},
+                )
         if self._live:
             self._show()
 
-    def save_failed(self, failures: int) -> None:
-        """A save failed, the `failures`-th in a row; the log has its reason."""
+    def save_failed(self, step: int, failures: int) -> None:
+        """The save of a step failed, the `failures`-th in a row; the log has its reason."""
         self._report["failedSaves"] = failures
         self._send()
+        self._sinks.write(step, {"failed_saves": failures})
 
     def close(self) -> None:
         if self._live:
@@ -215,7 +212,7 @@ class Silence:
     def saved(
         self, committed: CommittedCheckpoint, seconds: float | None = None, stall: float | None = None
     ) -> None: ...
-    def save_failed(self, failures: int) -> None: ...
+    def save_failed(self, step: int, failures: int) -> None: ...
     def close(self) -> None: ...
 
 
