@@ -41,6 +41,7 @@ class TinyJob:
     model: dict[str, Any] = field(default_factory=dict)
     data: dict[str, Any] = field(default_factory=dict)
     training: dict[str, Any] = field(default_factory=dict)
+    parallel: dict[str, Any] = field(default_factory=dict)
     checkpoint: dict[str, Any] = field(default_factory=dict)
     telemetry: dict[str, Any] = field(default_factory=dict)
 
@@ -81,7 +82,8 @@ class TinyJob:
             | self.training,
             "parallel": {
                 "zero": {"parameters": parameters, "gradients": gradients, "optimizer": optimizer},
-            },
+            }
+            | self.parallel,
             # Steps of a millisecond would overtake saves beside training, and which of them are taken would be chance.
             "checkpoint": {"path": str(self.checkpoints), "everySteps": EVERY, "async": False}
             | self.checkpoint,

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 
 import pytest
 
-from trainer.loop.conftest import Finished
-from trainer.loop.jobs import EVERY, STEPS, losses, steps
+from trainer.loop.conftest import Channel, Finished
+from trainer.loop.jobs import EVERY, STEPS, TinyJob, losses, steps
 
 
 def test_the_loss_falls_from_that_of_a_model_that_knows_nothing(uninterrupted: Finished) -> None:
@@ -64,6 +65,17 @@ def test_the_last_report_and_the_termination_message_say_that_all_steps_are_done
     assert 0 < report["validationLoss"] < math.log(512)
     assert report["checkpoint"]["step"] == STEPS
     assert report["checkpoint"]["uri"] == str(uninterrupted.job.checkpoints / f"step-{STEPS:08d}")
+
+
+def test_a_job_that_recomputes_has_the_same_losses(
+    uninterrupted: Finished, tiny: Callable[..., TinyJob], channel: Channel
+) -> None:
+    job = tiny(training={"steps": 10}, parallel={"recompute": "selective"})
+    run = job.torchrun(**channel.environment)  # as in a pod, where the log tells all digits
+    assert run.end() == 0, run.log
+    expected = losses(uninterrupted.run.log)
+    assert losses(run.log) == {step: expected[step] for step in range(1, 11)}
+    assert "torch.compile: off (on CPUs)" in run.log
 
 
 def test_the_newest_three_checkpoints_are_kept(uninterrupted: Finished) -> None:

@@ -28,7 +28,7 @@ LEAST = 100  # bytes: every shard has more, scalars (steps, norms) have less
 def held() -> int:
     """Bytes of the memory that Python's tensors have."""
     gc.collect()
-    tensors = [thing for thing in gc.get_objects() if isinstance(thing, torch.Tensor)]
+    tensors = [thing for thing in gc.get_objects() if type(thing) in (torch.Tensor, torch.nn.Parameter)]
     storages = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors if not t.is_meta}
     return sum(size for size in storages.values() if size >= LEAST)
 
