@@ -200,7 +200,7 @@ BAD = {
     ),
     "a share of the blocks that is none": (
         edited(parallel__recompute="100%"),
-        'spec.parallel.recompute: Invalid value: "100%": must be none, selective, full, or a share of the blocks',
+        "spec.parallel.recompute: must be none, selective, full, or a share of the blocks",
     ),
     "a word that YAML takes for a boolean": (edited(parallel__compile=True), "spec.parallel.compile: "),
     "text and two folders to prepare": (
