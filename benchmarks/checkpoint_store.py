@@ -20,6 +20,8 @@ import sys
 import tempfile
 import time
 import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -76,7 +78,9 @@ def measure(name: str, source: Path, total: int) -> float:
     return total / float(done["seconds"])
 
 
-def run(minio: str, folder: Path, source: Path, total: int) -> None:
+@contextmanager
+def minio(program: str, folder: Path) -> Iterator[None]:
+    """A server with an empty bucket; its files are gone afterwards, which it would take its time to remove itself."""
     key, secret, port = secrets.token_hex(8), secrets.token_hex(16), 9555
     endpoint = f"http://127.0.0.1:{port}"
     os.environ |= {
@@ -86,38 +90,38 @@ def run(minio: str, folder: Path, source: Path, total: int) -> None:
         "AWS_REGION": "us-east-1",
         "AWS_EC2_METADATA_DISABLED": "true",
     }
-    server = subprocess.Popen(
-        [minio, "server", str(folder / "data"), "--address", f"127.0.0.1:{port}", "--quiet"],
-        env=os.environ
-        | {
-            "MINIO_ROOT_USER": key,
-            "MINIO_ROOT_PASSWORD": secret,
-            "MINIO_BROWSER": "off",
-            "HOME": str(folder),
-        },
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    try:
-        for _ in range(600):
-            try:
-                urllib.request.urlopen(f"{endpoint}/minio/health/ready", timeout=5).close()  # noqa: S310
-                break
-            except OSError:
-                time.sleep(0.1)
-        fs, _ = open_fs(BUCKET)
-        fs.mkdir(BUCKET)
-        speeds: dict[str, list[float]] = {}
-        for who in ("fsspec", "our", "our", "fsspec"):
+    with tempfile.TemporaryDirectory(dir=folder) as data:
+        # A bucket is a folder, for a server that starts.
+        Path(data, "data", BUCKET.removeprefix("s3://")).mkdir(parents=True)
+        server = subprocess.Popen(
+            [program, "server", f"{data}/data", "--address", f"127.0.0.1:{port}", "--quiet"],
+            env=os.environ
+            | {"MINIO_ROOT_USER": key, "MINIO_ROOT_PASSWORD": secret, "MINIO_BROWSER": "off", "HOME": data},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        try:
+            for _ in range(600):
+                try:
+                    urllib.request.urlopen(f"{endpoint}/minio/health/ready", timeout=5).close()  # noqa: S310
+                    break
+                except OSError:
+                    time.sleep(0.1)
+            yield
+        finally:
+            server.kill()
+            server.wait()
+
+
+def run(program: str, folder: Path, source: Path, total: int) -> None:
+    speeds: dict[str, list[float]] = {}
+    for who in ("fsspec", "our", "our", "fsspec"):
+        with minio(program, folder):
             for what in ("save", "load"):
                 speeds.setdefault(f"{who} {what}", []).append(measure(f"{who} {what}", source, total))
-            fs.rm(f"{BUCKET}/{'plain' if who == 'fsspec' else 'run'}", recursive=True)
-        for what in ("save", "load"):
-            ratio = sum(speeds[f"our {what}"]) / sum(speeds[f"fsspec {what}"])
-            print(f"{what}: {ratio:.0%} of fsspec's")
-    finally:
-        server.kill()
-        server.wait()
+    for what in ("save", "load"):
+        ratio = sum(speeds[f"our {what}"]) / sum(speeds[f"fsspec {what}"])
+        print(f"{what}: {ratio:.0%} of fsspec's")
 
 
 def main() -> None:
@@ -132,16 +136,13 @@ def main() -> None:
         print(json.dumps(phase(arguments.phase, arguments.source)))
         return
     each = int(arguments.gb * 1e9) // SHARDS // 64 * 64
-    with (
-        tempfile.TemporaryDirectory(dir="/dev/shm") as memory,
-        tempfile.TemporaryDirectory(dir=arguments.folder) as folder,
-    ):
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as memory:
         source = Path(memory, "source")
         with source.open("wb") as file:
             for start in range(0, each, 1 << 24):
                 file.write(os.urandom(min(1 << 24, each - start)))
         print(f"{each * SHARDS / 1e9:.1f} GB, load average {os.getloadavg()[0]:.1f}", flush=True)
-        run(arguments.minio, Path(folder), source, each * SHARDS)
+        run(arguments.minio, Path(arguments.folder), source, each * SHARDS)
 
 
 if __name__ == "__main__":
