@@ -133,38 +133,44 @@ def main() -> None:
         total = F.cross_entropy(logits.float().flatten(0, 1), labels, ignore_index=-100, reduction="sum")
         return total, int((row.labels != -100).sum())
 
-    losses, validation = [], []
     count, began = config.gradient_accumulation(spec, 1), time.monotonic()
-    for step in range(training.steps):
-        batch = loader.next_step(count, range(count))
-        labels = sum(int((row.labels != -100).sum()) for row in batch)
-        total = torch.zeros((), device=device)
-        for row in batch:
-            loss = loss_of(row)[0] / labels
-            loss.backward()
-            total += loss.detach()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), training.optimizer.clip_grad_norm)
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, training)
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(total)
-        every = training.validate_every_steps
-        if step + 1 == training.steps or (every and (step + 1) % every == 0):
-            with torch.no_grad():
-                sums = [loss_of(row) for row in held_out]
-            validation.append((step + 1, float(sum(s for s, _ in sums)) / sum(n for _, n in sums)))
-            speed = (step + 1) * count * rows["row_tokens"] / (time.monotonic() - began)
-            print(
-                f"step {step + 1}  loss {float(total):.4f}  validation {validation[-1][1]:.4f}  {speed:,.0f} tokens/s"
-            )
-    loader.close()
     with arguments.out.open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(("step", "loss", "validation_loss"))
-        by_step = dict(validation)
-        for index, value in enumerate(torch.stack(losses).tolist()):
-            writer.writerow((index + 1, f"{value:.5f}", by_step.get(index + 1, "")))
+        losses: list[
+            Tensor
+        ] = []  # since the last evaluation; read only there, so that no step waits for its loss
+        for step in range(1, training.steps + 1):
+            batch = loader.next_step(count, range(count))
+            labels = sum(int((row.labels != -100).sum()) for row in batch)
+            total = torch.zeros((), device=device)
+            for row in batch:
+                loss = loss_of(row)[0] / labels
+                loss.backward()
+                total += loss.detach()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), training.optimizer.clip_grad_norm)
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(step - 1, training)
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(total)
+            every = training.validate_every_steps
+            if step < training.steps and (not every or step % every):
+                continue
+            with torch.no_grad():
+                sums = [loss_of(row) for row in held_out]
+            validation = float(sum(s for s, _ in sums)) / max(1, sum(n for _, n in sums))
+            values = torch.stack(losses).tolist()
+            for index, value in enumerate(values, step - len(values) + 1):
+                writer.writerow((index, f"{value:.5f}", f"{validation:.4f}" if index == step else ""))
+            file.flush()
+            losses.clear()
+            speed = step * count * rows["row_tokens"] / (time.monotonic() - began)
+            print(
+                f"step {step}  loss {values[-1]:.4f}  validation {validation:.4f}  {speed:,.0f} tokens/s",
+                flush=True,
+            )
+    loader.close()
 
 
 if __name__ == "__main__":
