@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import wait
@@ -165,26 +165,15 @@ def test_local_files_may_have_their_index_on_the_disk(corpus: str, tmp_path: Pat
     assert kept <= len(list((tmp_path / "cache/index").rglob("*.npy"))) <= 2 + 2 * 2
 
 
-def use_cache(path: str, size: int, process: int) -> None:
-    cache = BlockCache(path, size)
-    random = np.random.RandomState(process)
-    for number in random.randint(0, 3000, 1000).tolist():
-        block = cache.get(str(number))
-        assert block is None or block == str(number).encode() * 300
-        cache.put(str(number), str(number).encode() * 300)
-
-
 def test_processes_share_a_cache_that_stays_within_its_size(tmp_path: Path) -> None:
     size = 500_000
-    context = multiprocessing.get_context("spawn")
-    processes = [context.Process(target=use_cache, args=(str(tmp_path), size, n)) for n in range(3)]
+    user = [sys.executable, str(Path(__file__).with_name("cache_user.py")), str(tmp_path), str(size)]
+    processes = [subprocess.Popen([*user, str(number)]) for number in range(3)]
     largest = 0
-    for process in processes:
-        process.start()
-    while any(process.is_alive() for process in processes):
+    while any(process.poll() is None for process in processes):
         largest = max(largest, bytes_below(tmp_path))
         time.sleep(0.05)
-    assert [process.exitcode for process in processes] == [0] * 3
+    assert [process.returncode for process in processes] == [0] * 3
     assert 0.5 * size < bytes_below(tmp_path) <= size
     assert largest <= size
     assert not list(tmp_path.rglob("*.tmp"))
