@@ -98,6 +98,7 @@ def test_a_cut_level_is_first_inside_nodes_then_across_them(layout: ZeroLayout) 
         (ZeroLayout(32, 2, 16, 16, 8), [(PARAMETERS, 2, 1), (GRADIENTS, 4, 2), (GRADIENTS, 2, 8), (REPLICAS, 2, 16)]),
         (ZeroLayout(16, 1, 1, 1, 8), [(REPLICAS, 16, 1)]),
         (ZeroLayout(6, 1, 1, 6, 4), [(OPTIMIZER, 2, 1), (OPTIMIZER, 3, 2)]),  # nodes that o does not fit
+        (ZeroLayout(4, 1, 1, 4, 6), [(OPTIMIZER, 4, 1)]),  # one node, not full
         (ZeroLayout(1, 1, 1, 1, 1), []),
     ],
     ids=str,

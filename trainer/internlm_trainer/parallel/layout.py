@@ -99,10 +99,11 @@ class ZeroLayout(NamedTuple):
     def levels(self) -> tuple[Level, ...]:
         """The levels of more than one rank, the fastest first, those that span nodes cut at the node's boundary."""
         found: list[Level] = []
+        several_nodes = 0 < self.ranks_per_node < self.world_size
         stride = 1
         for kind, size in enumerate(self.sizes):
             inside = 1
-            if kind != REPLICAS and self.ranks_per_node % stride == 0:
+            if several_nodes and kind != REPLICAS and self.ranks_per_node % stride == 0:
                 inside = gcd(size, self.ranks_per_node // stride)
             for part in (inside, size // inside):
                 if part > 1:
