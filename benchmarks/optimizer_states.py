@@ -88,7 +88,7 @@ def _model(seed: int) -> tuple[HybridZero, InternLM]:
     with torch.device("meta"):
         model = InternLM(SHAPE)
 
-    def fill(name: str, _: int, values: torch.Tensor) -> None:
+    def fill(name: str, values: torch.Tensor) -> None:
         initialise(name, values, SHAPE.layers, parameter_generator(name, seed, values))
 
     units = [model.embedding, *model.blocks, model.norm, model.head]

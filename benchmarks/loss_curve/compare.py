@@ -2,7 +2,7 @@
 
     python benchmarks/loss_curve/compare.py OURS.csv REFERENCE.csv OTHER_REFERENCE.csv PICTURE.png
 
-The two references differ only in the attention's kernel, so in rounding: what they differ by is the noise that any
+The two references differ only in where they round to bf16: what they differ by is the noise that any
 other implementation may differ by too.  Exit code 1 where ours differs by more than twice
 that, beyond the rounding of the log.
 """
@@ -37,6 +37,33 @@ def gaps(one: dict[int, float], other: dict[int, float]) -> NDArray[np.float64]:
     return np.array([one[step] - other[step] for step in steps])
 
 
+def draw(ours: dict[int, float], first: dict[int, float], second: dict[int, float], picture: Path) -> None:
+    """The three curves at the steps that all have, and below them how far two are from the first reference."""
+    steps = sorted(ours.keys() & first.keys() & second.keys())
+    width = max(1, WINDOW * len(steps) // max(steps))
+
+    def smooth(losses: dict[int, float]) -> NDArray[np.float64]:
+        return np.convolve([losses[step] for step in steps], np.ones(width) / width, mode="valid")
+
+    figure, (curves, differences) = pyplot.subplots(
+        2, figsize=(8, 7), sharex=True, height_ratios=(2, 1), layout="constrained"
+    )
+    labels = {
+        "Hugging Face's Llama, plain PyTorch, fp32 weights under autocast": first,
+        "the same, bf16 weights with a master copy": second,
+        "internlm run, killed twice": ours,
+    }
+    for label, losses in labels.items():
+        curves.plot(steps[width - 1 :], smooth(losses), label=label, linewidth=1)
+        differences.plot(steps[width - 1 :], smooth(losses) - smooth(first), linewidth=1)
+    curves.set(ylabel=f"training loss (nats a token),\nmean of {WINDOW} steps", yscale="log")
+    curves.legend()
+    differences.set(xlabel="step", ylabel="difference from the first")
+    for axes in (curves, differences):
+        axes.grid(visible=True, which="both", alpha=0.3)
+    figure.savefig(picture, dpi=120)
+
+
 def main() -> None:
     """Print the differences and draw the curves."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -54,21 +81,7 @@ def main() -> None:
         f"validation loss at step {last}: ours {ours_v[last]:.4f}, references {first_v[last]:.4f}, {second_v[last]:.4f}"
     )
 
-    figure, axes = pyplot.subplots(figsize=(8, 5))
-    for losses, label in (
-        (ours, "internlm run, killed twice"),
-        (first, "Hugging Face's Llama, plain PyTorch"),
-        (second, "the same with the other attention"),
-    ):
-        steps = np.array(sorted(losses))
-        values = np.array([losses[step] for step in steps])
-        width = max(1, int(WINDOW / max(1, np.diff(steps).mean())))
-        smooth = np.convolve(values, np.ones(width) / width, mode="valid")
-        axes.plot(steps[width - 1 :], smooth, label=label, linewidth=1)
-    axes.set(xlabel="step", ylabel=f"training loss, mean of {WINDOW} steps (nats a token)", yscale="log")
-    axes.legend()
-    axes.grid(visible=True, which="both", alpha=0.3)
-    figure.savefig(arguments.picture, dpi=120, bbox_inches="tight")
+    draw(ours, first, second, arguments.picture)
     sys.exit(bool(mean > 2 * noise + PRINTED))
 
 

@@ -1,9 +1,10 @@
 """The same training with Hugging Face's Llama in plain PyTorch: no code of ours in model, optimizer, schedule or loop.
 
 What it shares with the job is what is not compared: the rows (read by the job's loader) and the initial weights.
-Weights are fp32 under bf16 autocast on a GPU, as the Hugging Face Trainer has it with `bf16=True`.
+There are two common ways of training in bf16, and this is either: fp32 weights under autocast, as the Hugging Face
+Trainer has it with `bf16=True`, whose residual stream stays fp32; or bf16 weights with a master copy in fp32.
 
-    python benchmarks/loss_curve/reference.py JOB.yaml OUT.csv [--attention sdpa|eager]
+    python benchmarks/loss_curve/reference.py JOB.yaml OUT.csv [--weights fp32|bf16]
 """
 
 from __future__ import annotations
@@ -27,8 +28,8 @@ from internlm_trainer.data.packing import Row
 from internlm_trainer.model.internlm import InternLM, initialise, parameter_generator
 
 
-def llama(shape: config.ModelShape, seed: int, device: torch.device, attention: str) -> LlamaForCausalLM:
-    """Hugging Face's model with the initial weights that the job draws from its seed."""
+def llama(shape: config.ModelShape, weights: dict[str, Tensor]) -> LlamaForCausalLM:
+    """Hugging Face's model of this shape, with the weights of our model's `state_dict`, and where these are."""
     settings = LlamaConfig(
         vocab_size=shape.vocab_size,
         hidden_size=shape.hidden_size,
@@ -42,15 +43,20 @@ def llama(shape: config.ModelShape, seed: int, device: torch.device, attention: 
         tie_word_embeddings=False,
         use_cache=False,
     )
-    settings._attn_implementation = attention
+    settings._attn_implementation = "sdpa"
+    model = LlamaForCausalLM(settings).to(weights["norm.weight"].device)
+    model.load_state_dict(_renamed(weights, shape))
+    return model
+
+
+def initial_weights(shape: config.ModelShape, seed: int, device: torch.device) -> dict[str, Tensor]:
+    """Those that a job draws from its seed."""
     with torch.device("meta"):
         ours = InternLM(shape)
     ours.to_empty(device=device)
     for name, parameter in ours.named_parameters():
         initialise(name, parameter.data, shape.layers, parameter_generator(name, seed, parameter))
-    model = LlamaForCausalLM(settings).to(device)
-    model.load_state_dict(_renamed(ours.state_dict(), shape))
-    return model
+    return ours.state_dict()
 
 
 def _renamed(ours: dict[str, Tensor], shape: config.ModelShape) -> dict[str, Tensor]:
@@ -95,17 +101,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("job", type=Path)
     parser.add_argument("out", type=Path)
-    parser.add_argument("--attention", default="sdpa", choices=("sdpa", "eager"))
+    parser.add_argument(
+        "--weights", default="fp32", choices=("fp32", "bf16"), help="of a bf16 job's forward pass"
+    )
     arguments = parser.parse_args()
     spec = parse_job(load_manifests(arguments.job)[0]).spec
     training, shape = spec.training, config.model_shape(spec.model)
     assert spec.data.packing == "contiguous"
     assert training.steps
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    bf16 = training.precision == "bf16"
-    model = llama(shape, training.seed, device, arguments.attention)
-    decayed = [p for p in model.parameters() if p.dim() > 1]
-    other = [p for p in model.parameters() if p.dim() == 1]
+    autocast = training.precision == "bf16" and arguments.weights == "fp32"
+    model = llama(shape, initial_weights(shape, training.seed, device))
+    masters = [p.detach().clone() for p in model.parameters()] if arguments.weights == "bf16" else []
+    if masters:
+        model.bfloat16()
+    updated = masters or list(model.parameters())
+    decayed = [p for p in updated if p.dim() > 1]
+    other = [p for p in updated if p.dim() == 1]
     optimizer = torch.optim.AdamW(
         [
             {"params": decayed, "weight_decay": training.optimizer.weight_decay},
@@ -128,7 +140,7 @@ def main() -> None:
     def loss_of(row: Row) -> tuple[Tensor, int]:
         tokens = torch.from_numpy(row.tokens).view(-1, spec.model.seq_len).to(device)
         labels = torch.from_numpy(row.labels).to(device)
-        with torch.autocast(device.type, torch.bfloat16) if bf16 else nullcontext():
+        with torch.autocast(device.type, torch.bfloat16) if autocast else nullcontext():
             logits = model(tokens).logits
         total = F.cross_entropy(logits.float().flatten(0, 1), labels, ignore_index=-100, reduction="sum")
         return total, int((row.labels != -100).sum())
@@ -137,9 +149,8 @@ def main() -> None:
     with arguments.out.open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(("step", "loss", "validation_loss"))
-        losses: list[
-            Tensor
-        ] = []  # since the last evaluation; read only there, so that no step waits for its loss
+        # Since the last evaluation; read only there, so that no step waits for its loss.
+        losses: list[Tensor] = []
         for step in range(1, training.steps + 1):
             batch = loader.next_step(count, range(count))
             labels = sum(int((row.labels != -100).sum()) for row in batch)
@@ -148,11 +159,18 @@ def main() -> None:
                 loss = loss_of(row)[0] / labels
                 loss.backward()
                 total += loss.detach()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), training.optimizer.clip_grad_norm)
+                for master, parameter in zip(masters, model.parameters(), strict=bool(masters)):
+                    gradient = parameter.grad.float()
+                    master.grad = gradient if master.grad is None else master.grad + gradient
+                    parameter.grad = None
+            torch.nn.utils.clip_grad_norm_(updated, training.optimizer.clip_grad_norm)
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step - 1, training)
             optimizer.step()
             optimizer.zero_grad()
+            with torch.no_grad():
+                for master, parameter in zip(masters, model.parameters(), strict=bool(masters)):
+                    parameter.copy_(master)
             losses.append(total)
             every = training.validate_every_steps
             if step < training.steps and (not every or step % every):

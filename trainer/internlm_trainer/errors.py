@@ -1,4 +1,6 @@
-"""Errors that are the user's to mend."""
+"""Errors that end a job or a command, and what a process ends with for them."""
+
+EXIT_USER_ERROR = 65  # sysexits.h: the input is wrong
 
 
 class UserError(ValueError):

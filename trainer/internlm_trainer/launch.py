@@ -14,10 +14,9 @@ from typing import Any
 import yaml
 
 from internlm_trainer import machine
-from internlm_trainer.errors import UserError
+from internlm_trainer.errors import EXIT_USER_ERROR, UserError
 
-# sysexits.h: the input is wrong; and what a shell says of Ctrl-C
-EXIT_USER_ERROR, EXIT_INTERRUPTED = 65, 130
+EXIT_INTERRUPTED = 130  # what a shell says of Ctrl-C
 
 
 def scale_down(manifest: dict[str, Any], nodes: int | None, processes: int | None) -> dict[str, Any]:

@@ -98,9 +98,7 @@ class Processes:
 
     def agree(self, sentences: list[str]) -> list[str]:
         """All ranks' sentences, in the order of the ranks."""
-        everyone: list[list[str]] = [[]] * self.size
-        dist.all_gather_object(everyone, sentences, group=self._control)
-        return [sentence for one in everyone for sentence in one]
+        return [sentence for one in self.gather(sentences) for sentence in one]
 
     def gather(self, mine: T) -> list[T]:
         """Every rank's object, in the order of the ranks, on every rank."""

@@ -114,7 +114,7 @@ class Trainer:
         with torch.device("meta"):
             self.model = InternLM(shape, choice.attention)
 
-        def fill(parameter: str, _: int, values: Tensor) -> None:
+        def fill(parameter: str, values: Tensor) -> None:
             initialise(parameter, values, shape.layers, parameter_generator(parameter, training.seed, values))
 
         model = self.model
@@ -136,10 +136,9 @@ class Trainer:
                 self.zero, training.optimizer, rows=lambda name: hidden_matrices(name, shape)
             )
         )
-        loss_scale = LossScale(training.loss_scale, self.micro_batches(0), world.device)
-        self.guard = SkipGuard(
-            training.skip, world.device, loss_scale if training.precision == "fp16" else None
-        )
+        fp16 = training.precision == "fp16"
+        loss_scale = LossScale(training.loss_scale, self.micro_batches(0), world.device) if fp16 else None
+        self.guard = SkipGuard(training.skip, world.device, loss_scale)
         self.step = self.start_step = self.tokens = 0
         self.stopwatch, self.heartbeat = Stopwatch(world.device), Heartbeat(world.rank)
         first_copy = self.zero.layout.coordinates(world.rank)[3] == 0  # replicas hold the same
@@ -175,7 +174,7 @@ class Trainer:
             self._skip_steps(micro_batches)
             rows = self.loader.next_step(micro_batches, range(world.rank, micro_batches, world.size))
             # The mean is over the tokens that carry loss in all rows of all ranks, so no layout changes it.
-            mine = sum(int((row.labels != IGNORED).sum()) for row in rows)
+            mine = sum(row.learned for row in rows)
             (labels, *saving), stop = world.exchange(mine, *self.saver.report())
         self.saver.heard(*saving)
         total, row_losses = torch.zeros((), device=world.device), []

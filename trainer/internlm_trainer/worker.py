@@ -16,7 +16,7 @@ from pathlib import Path
 from internlm_operator.api import Job, JobError, JobSpec, load_manifests, parse_job, parse_spec
 from internlm_trainer import machine
 from internlm_trainer.checkpoint import StorageUnavailable
-from internlm_trainer.errors import Diverged, StepFailed, UserError
+from internlm_trainer.errors import EXIT_USER_ERROR, Diverged, StepFailed, UserError
 from internlm_trainer.plan.choose import out_of_memory_advice
 from internlm_trainer.processes import Processes, SiblingDied, Stopped
 from internlm_trainer.storage import StorageUnreachableError
@@ -31,8 +31,7 @@ from internlm_trainer.telemetry.termination import leave_message
 
 log = logging.getLogger("internlm_trainer.worker")
 
-# sysexits.h: the input is wrong; try again later
-EXIT_USER_ERROR, EXIT_STOPPED = 65, 75
+EXIT_STOPPED = 75  # sysexits.h: try again later
 
 
 def main() -> int:

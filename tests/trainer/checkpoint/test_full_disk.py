@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import resource
-import subprocess
 from collections.abc import Iterator
 from io import FileIO
 from pathlib import Path
@@ -16,19 +14,6 @@ from internlm_trainer.checkpoint import CheckpointStore, Piece, SaveFailed, Snap
 from trainer.checkpoint.states import open_store, resume
 
 MEBI = 1 << 20
-
-
-@pytest.fixture
-def disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 8 MiB."""
-    if os.geteuid() != 0:
-        pytest.skip("mounting a small disk needs root")
-    mount = ["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", tmp_path]
-    done = subprocess.run(mount, capture_output=True, text=True)
-    if done.returncode:
-        pytest.skip(f"no small disk can be mounted here: {done.stderr.strip()}")
-    yield tmp_path
-    subprocess.run(["umount", tmp_path], check=True)
 
 
 @pytest.fixture
@@ -71,6 +56,7 @@ def assert_only(store: CheckpointStore, step: int) -> None:
     assert list(store.folder.names()) == [f"step-{step:08d}"]
 
 
+@pytest.mark.parametrize("disk", ["8m"], indirect=True)
 def test_a_full_disk_fails_the_save_with_a_sentence_and_loses_nothing(disk):
     store = open_store(str(disk / "folder"))
     save(store, 100, mebibytes=4)
@@ -85,6 +71,7 @@ def test_a_full_disk_fails_the_save_with_a_sentence_and_loses_nothing(disk):
     assert store.candidates() == [300, 100]
 
 
+@pytest.mark.parametrize("disk", ["8m"], indirect=True)
 def test_a_disk_that_is_full_when_the_manifest_is_due_keeps_the_checkpoint_before_it(disk):
     store = open_store(str(disk / "folder"))
     save(store, 100, mebibytes=2)

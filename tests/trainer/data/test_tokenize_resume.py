@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -149,20 +148,7 @@ def test_offsets_beyond_two_gibibytes_are_right(tmp_path: Path, tokenizer: Token
     assert meta.tolist() == [[2**31 + 7, int(lines.tokens[0])]]
 
 
-@pytest.fixture
-def disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 400 KiB."""
-    if os.geteuid() != 0:
-        pytest.skip("mounting a small disk needs root")
-    (tmp_path / "disk").mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=400k", "tmpfs", tmp_path / "disk"]
-    done = subprocess.run(mount, capture_output=True, text=True)
-    if done.returncode:
-        pytest.skip(f"no small disk can be mounted here: {done.stderr.strip()}")
-    yield tmp_path / "disk"
-    subprocess.run(["umount", tmp_path / "disk"], check=True)
-
-
+@pytest.mark.parametrize("disk", ["400k"], indirect=True)
 def test_a_full_disk_is_said_and_the_command_goes_on_when_there_is_room(
     tmp_path: Path, disk: Path, texts: list[str], tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from internlm_trainer.config import ModelShape
 from internlm_trainer.kernels import attention
 from internlm_trainer.kernels.attention import Documents
 from internlm_trainer.model.internlm import InternLM, decays, initialise, parameter_count
+from loss_curve.reference import llama
 
 SHAPES = {
     "InternLM": ModelShape(3, 96, 6, 6, 256, 300, 1e-6, 10000, True),
@@ -31,50 +31,6 @@ def filled(shape: ModelShape) -> InternLM:
     return model
 
 
-def llama(model: InternLM) -> LlamaForCausalLM:
-    """Hugging Face's model with the same weights."""
-    shape = model.shape
-    settings = LlamaConfig(
-        vocab_size=shape.vocab_size,
-        hidden_size=shape.hidden_size,
-        intermediate_size=shape.ffn_size,
-        num_hidden_layers=shape.layers,
-        num_attention_heads=shape.heads,
-        num_key_value_heads=shape.kv_heads,
-        attention_bias=shape.attention_bias,
-        rms_norm_eps=shape.norm_eps,
-        rope_parameters={"rope_type": "default", "rope_theta": float(shape.rope_base)},
-        tie_word_embeddings=False,
-    )
-    ours = model.state_dict()
-    theirs = {
-        "model.embed_tokens.weight": ours["embedding.weight"],
-        "model.norm.weight": ours["norm.weight"],
-        "lm_head.weight": ours["head.weight"],
-    }
-    head_dim = shape.hidden_size // shape.heads
-    sizes = [head_dim * shape.heads, head_dim * shape.kv_heads, head_dim * shape.kv_heads]
-    names = {
-        "norm1": "input_layernorm",
-        "norm2": "post_attention_layernorm",
-        "mixer.out_proj": "self_attn.o_proj",
-        "mlp.w1": "mlp.gate_proj",
-        "mlp.w2": "mlp.up_proj",
-        "mlp.w3": "mlp.down_proj",
-    }
-    for i in range(shape.layers):
-        for kind in ("weight", "bias"):
-            for name, other in names.items():
-                if (value := ours.get(f"blocks.{i}.{name}.{kind}")) is not None:
-                    theirs[f"model.layers.{i}.{other}.{kind}"] = value
-            if (value := ours.get(f"blocks.{i}.mixer.Wqkv.{kind}")) is not None:
-                for letter, part in zip("qkv", value.split(sizes), strict=True):
-                    theirs[f"model.layers.{i}.self_attn.{letter}_proj.{kind}"] = part
-    reference = LlamaForCausalLM(settings)
-    reference.load_state_dict(theirs, strict=True)
-    return reference.eval()
-
-
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
 @torch.no_grad()
 def test_logits_equal_those_of_hugging_faces_llama(shape: ModelShape) -> None:
@@ -82,7 +38,7 @@ def test_logits_equal_those_of_hugging_faces_llama(shape: ModelShape) -> None:
     model = filled(shape)
     tokens = torch.randint(0, shape.vocab_size, (130,), generator=torch.Generator().manual_seed(2))
     ours = model(tokens, Documents.of((130,), "cpu"))
-    theirs = llama(model)(tokens[None]).logits[0]
+    theirs = llama(shape, model.state_dict()).eval()(tokens[None]).logits[0]
     assert theirs.abs().max() > 1
     assert (ours - theirs).abs().max() <= 1e-5 * theirs.abs().max()
 

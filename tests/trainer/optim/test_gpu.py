@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from internlm_trainer.config import LossScaleSpec, ModelShape, OptimizerSpec, SkipSpec, ZeroSpec
-from internlm_trainer.model.internlm import InternLM, decays, hidden_matrices, initialise
+from internlm_trainer.model.internlm import InternLM, decays, hidden_matrices, initialise, parameter_generator
 from internlm_trainer.optim.guard import Counts, SkipGuard
 from internlm_trainer.optim.loss_scale import LossScale
 from internlm_trainer.optim.optimizer import MasterOptimizer
@@ -36,9 +36,9 @@ def train(device: torch.device, spec: OptimizerSpec, *, watch: bool) -> tuple[to
     with torch.device("meta"):
         model = InternLM(SHAPE)
 
-    def fill(name: str, index: int, values: torch.Tensor) -> None:
+    def fill(name: str, values: torch.Tensor) -> None:
         host = torch.empty(values.shape)
-        initialise(name, host, SHAPE.layers, torch.Generator().manual_seed(index))
+        initialise(name, host, SHAPE.layers, parameter_generator(name, 0, host))
         values.copy_(host)
 
     units = [model.embedding, *model.blocks, model.norm, model.head]

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from internlm_trainer.config import ModelShape, OptimizerSpec, ZeroSpec
-from internlm_trainer.model.internlm import InternLM, decays, hidden_matrices, initialise
+from internlm_trainer.model.internlm import InternLM, decays, hidden_matrices, initialise, parameter_generator
 from internlm_trainer.optim.optimizer import MasterOptimizer
 from internlm_trainer.parallel.hybrid_zero import HybridZero
 from internlm_trainer.parallel.layout import ZeroLayout
@@ -30,8 +30,8 @@ def make(**spec: object) -> tuple[HybridZero, MasterOptimizer]:
     with torch.device("meta"):
         model = InternLM(SHAPE)
 
-    def fill(name: str, index: int, values: torch.Tensor) -> None:
-        initialise(name, values, SHAPE.layers, torch.Generator().manual_seed(index))
+    def fill(name: str, values: torch.Tensor) -> None:
+        initialise(name, values, SHAPE.layers, parameter_generator(name, 0, values))
 
     units = [model.embedding, *model.blocks, model.norm, model.head]
     zero = HybridZero(

@@ -14,7 +14,7 @@ import torch.nn.functional as F  # noqa: N812
 
 from internlm_trainer.config import ModelShape, OptimizerSpec, ZeroSpec
 from internlm_trainer.kernels.attention import Documents
-from internlm_trainer.model.internlm import InternLM, decays, initialise
+from internlm_trainer.model.internlm import InternLM, decays, initialise, parameter_generator
 from internlm_trainer.optim.optimizer import MasterOptimizer
 from internlm_trainer.parallel.compile import apply_compile
 from internlm_trainer.parallel.hybrid_zero import HybridZero
@@ -35,8 +35,8 @@ def train(degrees: tuple[int, int, int], recompute: str, compile: str) -> dict[s
     with torch.device("meta"):
         model = InternLM(SHAPE)
 
-    def fill(name: str, index: int, values: torch.Tensor) -> None:
-        initialise(name, values, SHAPE.layers, torch.Generator().manual_seed(1000 + index))
+    def fill(name: str, values: torch.Tensor) -> None:
+        initialise(name, values, SHAPE.layers, parameter_generator(name, 0, values))
 
     zero = HybridZero(
         model,

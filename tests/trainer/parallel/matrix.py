@@ -2,7 +2,7 @@
 
     python tests/trainer/parallel/matrix.py            run all rows and write the table into docs/numerics.md
     python tests/trainer/parallel/matrix.py FOLDER     run all rows, and leave what each gave in FOLDER
-    python tests/trainer/parallel/matrix.py FOLDER two    the same with the rows for two GPUs
+    python tests/trainer/parallel/matrix.py FOLDER nccl   the same with the rows for two ranks on GPUs
 
 Every row is the trainer's own loop, on real processes: the data, the checkpoints and the resumes are those of any
 job.  The processes are forks of this one, so that PyTorch is imported once.
@@ -75,6 +75,8 @@ class Row(NamedTuple):
     precision: str = "fp32"
     before: Layout | None = None
     """The layout of the first half of the steps; then it is saved, and resumed in `layout`."""
+    compiled: bool = False
+    """Whether the blocks are compiled."""
 
     @property
     def bounds(self) -> Difference:
@@ -128,9 +130,9 @@ RESUMED = [
     Row(Layout(4, (1, 1, 4), node=2), before=Layout(4, (1, 1, 4))),
     Row(Layout(4, (1, 4, 4), offload="optimizer"), before=Layout(1, (1, 1, 1))),
 ]
-TWO = [
-    Row(Layout(processes, degrees, offload=offload), precision)
-    for precision in ("fp32", "bf16")
+NCCL = [
+    Row(Layout(processes, degrees, offload=offload), precision, compiled=compiled)
+    for precision, compiled in (("fp32", False), ("bf16", False), ("bf16", True))
     for processes, degrees, offload in (
         (1, (1, 1, 1), "none"),
         (1, (1, 1, 1), "optimizer"),
@@ -141,7 +143,7 @@ TWO = [
         (2, (2, 2, 2), "optimizer"),
     )
 ]
-"""For two GPUs."""
+"""For two GPUs.  On a machine with one, each rank is a node of its own: NCCL then lets them share the GPU."""
 ROWS = [
     *(Row(layout) for layout in (ONE, *FOUR, *EIGHT, *SPECIAL)),
     *(Row(layout, "bf16") for layout in (ONE, *FOUR[::2], FOUR[-1], EIGHT[0], EIGHT[-1])),
@@ -177,10 +179,12 @@ class Recorder(Callback):
         for pieces in trainer.world.gather(own):
             for name, start, stop, values in pieces:
                 weights[name][start:stop] = values
-        self.found["weights"] = torch.cat([weights[name] for name in sorted(weights)])
+        self.found["weights"] = weights
 
 
-def manifest(corpus: Corpus, folder: Path, layout: Layout, precision: str, steps: int) -> dict[str, Any]:
+def manifest(
+    corpus: Corpus, folder: Path, layout: Layout, precision: str, steps: int, compiled: bool
+) -> dict[str, Any]:
     """The job's description.  Its rate is constant, so that a run of half the steps is half of the run."""
     job = TinyJob(corpus, folder, layout.processes, layout.degrees, "matrix")
     job.model = {"seqLen": TOKENS}
@@ -192,6 +196,7 @@ def manifest(corpus: Corpus, folder: Path, layout: Layout, precision: str, steps
         "precision": precision,
         "schedule": {"name": "constant", "warmupSteps": 2},
     }
+    job.parallel = {"compile": "blocks" if compiled else "none"}
     described = job.manifest()
     described["spec"]["parallel"]["zero"] |= {
         "accumulation": layout.accumulation,
@@ -208,6 +213,7 @@ class Run(NamedTuple):
     layout: Layout
     precision: str
     steps: int
+    compiled: bool
 
 
 def run(one: Run, corpus: Corpus) -> None:
@@ -232,12 +238,15 @@ def _fork(rank: int, port: int, one: Run, corpus: Corpus) -> int:
     if child := os.fork():
         return child
     code, size = 1, one.layout.processes
+    node = one.layout.node or size
+    if torch.cuda.device_count() == 1:
+        node = 1
     try:
-        place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1"}
-        place |= {"LOCAL_WORLD_SIZE": one.layout.node or size, "MASTER_PORT": port}
+        place = {"RANK": rank, "LOCAL_RANK": rank % node, "WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1"}
+        place |= {"LOCAL_WORLD_SIZE": node, "MASTER_PORT": port, "NCCL_HOSTID": f"node-{rank // node}"}
         os.environ |= {name: str(value) for name, value in place.items()}
         world = Processes()
-        described = manifest(corpus, one.folder, one.layout, one.precision, one.steps)
+        described = manifest(corpus, one.folder, one.layout, one.precision, one.steps, one.compiled)
         train.train("matrix", parse_spec(described["spec"], size), world, 1)
         if rank == 0:
             torch.save(Recorder.found, one.folder / "result.pt")
@@ -251,6 +260,8 @@ def _fork(rank: int, port: int, one: Run, corpus: Corpus) -> int:
 
 def run_rows(folder: Path, rows: Sequence[Row] = ROWS) -> None:
     """Run the rows, each in the folder of its number below `folder`."""
+    # How PyTorch looks for GPUs by default leaves a state behind that forks cannot use.
+    os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
     train.CALLBACKS = (*train.CALLBACKS, Recorder)
     torch.set_num_threads(1)
     importlib.import_module("torch._dynamo")  # which an optimizer imports, here once for all forks
@@ -259,8 +270,8 @@ def run_rows(folder: Path, rows: Sequence[Row] = ROWS) -> None:
     for number, row in enumerate(rows):
         at = folder / str(number)
         if row.before:
-            run(Run(at, row.before, row.precision, SAVED), corpus)
-        run(Run(at, row.layout, row.precision, STEPS), corpus)
+            run(Run(at, row.before, row.precision, SAVED, row.compiled), corpus)
+        run(Run(at, row.layout, row.precision, STEPS, row.compiled), corpus)
 
 
 def _corpus(folder: Path) -> Corpus:
@@ -279,14 +290,23 @@ def read(folder: Path, number: int) -> dict[str, Any]:
 
 
 def difference(folder: Path, number: int, rows: Sequence[Row] = ROWS) -> Difference:
-    ours, reference = read(folder, number), read(folder, rows.index(Row(ONE, rows[number].precision)))
+    reference = rows.index(Row(ONE, rows[number].precision, compiled=rows[number].compiled))
+    return apart(read(folder, number), read(folder, reference))
+
+
+def apart(ours: dict[str, Any], reference: dict[str, Any]) -> Difference:
+    """`ours` may have only the last steps of the reference."""
 
     def largest(kind: str) -> float:
         pairs = zip(ours[kind], reference[kind][-len(ours[kind]) :], strict=True)
         return max(abs(one / other - 1) for one, other in pairs)
 
-    apart = (ours["weights"] - reference["weights"]).norm() / reference["weights"].norm()
-    return Difference(largest("losses"), largest("norms"), float(apart))
+    weights, others = _joined(ours["weights"]), _joined(reference["weights"])
+    return Difference(largest("losses"), largest("norms"), float((weights - others).norm() / others.norm()))
+
+
+def _joined(weights: dict[str, torch.Tensor]) -> torch.Tensor:
+    return torch.cat([weights[name] for name in sorted(weights)])
 
 
 def write_table(folder: Path) -> None:
@@ -305,7 +325,7 @@ def write_table(folder: Path) -> None:
 
 def main() -> None:
     if len(sys.argv) > 1:
-        run_rows(Path(sys.argv[1]), TWO if "two" in sys.argv else ROWS)
+        run_rows(Path(sys.argv[1]), NCCL if "nccl" in sys.argv else ROWS)
         return
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
     with tempfile.TemporaryDirectory() as folder:

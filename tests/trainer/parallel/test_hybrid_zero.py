@@ -10,10 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from trainer.parallel import matrix
-from trainer.parallel.matrix import ROWS, Difference
+from trainer.parallel import matrix, ranks
+from trainer.parallel.matrix import ROWS, Difference, Layout, Row
 
 PROGRAM = Path(matrix.__file__)
+LONG = [(1, 1, 1), (1, 1, 2), (1, 1, 4), (1, 2, 4), (2, 2, 2), (2, 2, 4), (4, 4, 4)]
 
 
 def run(folder: Path, *arguments: str, devices: str | None = None) -> None:
@@ -38,6 +39,27 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def long(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What 20 steps gave, on the CPU, in each of LONG's layouts and in one process."""
+    folder = tmp_path_factory.mktemp("long")
+    ranks.run(folder, 1, ["fp32", "bf16"], [(1, 1, 1)], devices="")
+    ranks.run(folder, 4, ["fp32", "bf16"], LONG, devices="")
+    return folder
+
+
+@pytest.mark.parametrize("degrees", LONG, ids=str)
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_twenty_steps_of_four_processes_are_those_of_one(
+    long: Path, precision: str, degrees: tuple[int, int, int]
+) -> None:
+    """Sums are fp32 and only their order differs; bf16 may then round a weight the other way, and steps diverge."""
+    one = torch.load(long / f"1-{precision}-1-1-1.pt", weights_only=True)
+    four = torch.load(long / f"4-{precision}-{'-'.join(map(str, degrees))}.pt", weights_only=True)
+    assert len(one["losses"]) == 20
+    assert_within(matrix.apart(four, one), Row(Layout(4, degrees), precision).bounds)
+
+
 @pytest.mark.timeout(1200)  # the first one trains all
 @pytest.mark.parametrize("number", range(len(ROWS)), ids=[", ".join(row.cells[:3]) for row in ROWS])
 def test_any_layout_trains_and_resumes_as_one_process_does(trained: Path, number: int) -> None:
@@ -45,7 +67,7 @@ def test_any_layout_trains_and_resumes_as_one_process_does(trained: Path, number
     assert_within(matrix.difference(trained, number), row.bounds)
     assert len(set(found["losses"])) == matrix.STEPS - (matrix.SAVED if row.before else 0)  # it learns
     for twin in row.twins:
-        assert torch.equal(found["weights"], matrix.read(trained, ROWS.index(twin))["weights"])
+        assert matrix.apart(found, matrix.read(trained, ROWS.index(twin))).weights == 0
 
 
 def test_the_documented_table_lists_what_is_tested() -> None:
@@ -60,10 +82,13 @@ def test_the_documented_table_lists_what_is_tested() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
-def test_two_gpus_in_any_layout_train_as_one_does(tmp_path: Path) -> None:
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.timeout(600)
+def test_two_ranks_on_gpus_in_any_layout_train_as_one_does(tmp_path: Path) -> None:
     """NCCL.  fp32 to 1e-5: atomic additions in the embedding's backward make each run differ in the last bits."""
-    run(tmp_path, "two")
-    for number, row in enumerate(matrix.TWO):
+    run(tmp_path, "nccl")
+    for number, row in enumerate(matrix.NCCL):
         bounds = Difference(*(max(bound, 1e-5) for bound in row.bounds))
-        assert_within(matrix.difference(tmp_path, number, matrix.TWO), bounds)
+        found = matrix.difference(tmp_path, number, matrix.NCCL)
+        print(f"{row.layout}, {row.precision}{', compiled' * row.compiled}: {found}")
+        assert_within(found, bounds)

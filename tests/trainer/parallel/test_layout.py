@@ -15,6 +15,7 @@ from internlm_trainer.parallel.layout import (
     PARAMETERS,
     REPLICAS,
     GradientBuffers,
+    Level,
     Span,
     ZeroLayout,
     bucket_layout,
@@ -79,13 +80,19 @@ def test_along_levels_within_a_degree_one_reaches_the_consecutive_ranks_that_sha
         assert reached == set(range(degree))
 
 
+def spans_nodes(layout: ZeroLayout, level: Level) -> bool:
+    """Whether a group of the level has ranks on several nodes."""
+    node = layout.ranks_per_node or layout.world_size
+    return any(group[0] // node != group[-1] // node for group in layout.groups(level))
+
+
 @given(layouts())
 def test_a_cut_level_is_first_inside_nodes_then_across_them(layout: ZeroLayout) -> None:
     for kind in range(3):
         parts = [level for level in layout.levels if level.kind == kind]
         assert len(parts) <= 2
         if len(parts) == 2:
-            assert [layout.spans_nodes(level) for level in parts] == [False, True]
+            assert [spans_nodes(layout, level) for level in parts] == [False, True]
     assert layout._replace(ranks_per_node=0).levels == layout._replace(ranks_per_node=96 * 12).levels
 
 

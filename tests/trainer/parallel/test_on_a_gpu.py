@@ -15,7 +15,7 @@ import torch.nn.functional as F  # noqa: N812
 from internlm_trainer.config import ModelShape, OptimizerSpec, ZeroSpec
 from internlm_trainer.kernels import attention
 from internlm_trainer.kernels.attention import Documents
-from internlm_trainer.model.internlm import InternLM, decays, initialise
+from internlm_trainer.model.internlm import InternLM, decays, initialise, parameter_generator
 from internlm_trainer.optim.optimizer import MasterOptimizer
 from internlm_trainer.parallel.hybrid_zero import HybridZero
 from internlm_trainer.parallel.layout import ZeroLayout
@@ -48,8 +48,8 @@ class Training:
         with torch.device("meta"):
             self.model = InternLM(SHAPE, attention.choose(device, dtype).attention)
 
-        def fill(name: str, index: int, values: torch.Tensor) -> None:
-            initialise(name, values, SHAPE.layers, torch.Generator(device).manual_seed(index))
+        def fill(name: str, values: torch.Tensor) -> None:
+            initialise(name, values, SHAPE.layers, parameter_generator(name, 0, values))
 
         self.zero = HybridZero(
             self.model,

@@ -55,7 +55,7 @@ def measure(
         spec.parallel.zero,
         dtype=TYPES[precision],
         device=cpu,
-        initialise=lambda name, _, values: initialise(name, values, shape.layers, torch.Generator()),
+        initialise=lambda name, values: initialise(name, values, shape.layers, torch.Generator()),
         decays=decays,
     )
     updates = MasterOptimizer(state, spec.training.optimizer, rows=lambda name: hidden_matrices(name, shape))

@@ -93,7 +93,7 @@ def train_step(spec: TrainSpec, lengths: tuple[int, ...], device: torch.device) 
         spec.parallel.zero,
         dtype=dtype,
         device=cpu,
-        initialise=lambda name, _, values: initialise(name, values, shape.layers, torch.Generator(device)),
+        initialise=lambda name, values: initialise(name, values, shape.layers, torch.Generator(device)),
         decays=decays,
     )
     apply_recompute(model.blocks, shape, spec.parallel.recompute)

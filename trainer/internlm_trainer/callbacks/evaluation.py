@@ -39,7 +39,7 @@ class Evaluation(Callback):
             # Ranks with fewer rows go along with the others' gathers of sharded parameters.
             row = trainer.held_out[index] if index < len(trainer.held_out) else _blank(trainer.row_tokens)
             sums[0, row.source] += trainer.loss(row)
-            sums[1, row.source] += int((row.labels != IGNORED).sum())
+            sums[1, row.source] += row.learned
         dist.all_reduce(sums)
         losses, tokens = sums.tolist()
         values = {"validation_loss": sum(losses) / max(sum(tokens), 1)}

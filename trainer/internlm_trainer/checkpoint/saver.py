@@ -26,6 +26,7 @@ from typing import Any, Protocol
 from internlm_trainer.checkpoint.errors import SaveFailed
 from internlm_trainer.checkpoint.format import ShardEntry
 from internlm_trainer.checkpoint.load import Checkpoint, CommittedCheckpoint
+from internlm_trainer.checkpoint.resume import Collective
 from internlm_trainer.checkpoint.snapshot import Snapshot
 from internlm_trainer.checkpoint.store import CheckpointStore
 from internlm_trainer.checkpoint.tensors import Piece
@@ -34,14 +35,8 @@ from internlm_trainer.errors import StepFailed
 log = logging.getLogger(__name__)
 
 
-class World(Protocol):
+class World(Collective, Protocol):
     """The ranks of the job, as far as it takes to save."""
-
-    @property
-    def rank(self) -> int: ...
-
-    @property
-    def size(self) -> int: ...
 
     def total(self, *numbers: int) -> list[int]:
         """Each number's sum over the ranks."""
@@ -49,10 +44,6 @@ class World(Protocol):
 
     def gather_at_first(self, mine: Any) -> list[Any]:
         """Every rank's object, in the order of the ranks, on rank 0; nothing on the others."""
-        ...
-
-    def agree(self, sentences: list[str]) -> list[str]:
-        """All ranks' sentences, in the order of the ranks."""
         ...
 
 

@@ -23,9 +23,10 @@ Progress = Callable[[int], None]
 
 def locate(uri: str) -> tuple[Folder, int | None]:
     """The folder that `uri` names, and the step, where it ends with one (`.../step-500`)."""
-    found = re.fullmatch(r"(.*)/step-(\d+)/?", uri)
-    folder, step = (found[1], int(found[2])) if found else (uri, None)
-    return Folder(folder), step
+    found = re.fullmatch(r"(?:(.*)/)?step-(\d+)/?", uri)
+    if not found:
+        return Folder(uri), None
+    return Folder("." if found[1] is None else found[1]), int(found[2])
 
 
 def newest_step(folder: Folder) -> int:

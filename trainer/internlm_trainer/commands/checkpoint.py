@@ -16,7 +16,7 @@ from rich.filesize import decimal
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from internlm_trainer.commands.common import out, sentences
+from internlm_trainer.commands.common import out, sentences, store_errors
 from internlm_trainer.errors import UserError
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer(help="List, verify, compare and export checkpoints.", no_args_is_help=True)
 
-EXIT_DIFFERENT, EXIT_STORE = 1, 75  # as diff says it; sysexits.h: try again later
+EXIT_DIFFERENT = 1  # as diff says it
 
 Uri = Annotated[
     str, typer.Argument(help="A job's checkpoint.path, or PATH/step-N in it.", show_default=False)
@@ -46,19 +46,6 @@ class Dtype(StrEnum):
 
 
 @contextmanager
-def _store_errors() -> Iterator[None]:
-    from internlm_trainer.checkpoint import BadCheckpoint, StorageUnavailable
-
-    try:
-        yield
-    except BadCheckpoint as error:
-        raise UserError(f"{error}; internlm checkpoint ls shows what else is there") from None
-    except StorageUnavailable as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(EXIT_STORE) from None
-
-
-@contextmanager
 def _bar(what: str, total: int) -> Iterator[Callable[[int], None]]:
     """A progress bar on a terminal; nothing elsewhere."""
     console = Console(stderr=True)
@@ -75,7 +62,7 @@ def ls(uri: Uri, as_json: Json = False) -> None:
     from internlm_trainer.checkpoint.owner import owner_of
     from internlm_trainer.checkpoint.tools import listing, locate
 
-    with _store_errors():
+    with store_errors():
         folder, only = locate(uri)
         found = [one for one in listing(folder) if only in (None, one.step)]
         owner = owner_of(folder)
@@ -130,7 +117,7 @@ def verify(uri: Uri, as_json: Json = False) -> None:
     from internlm_trainer.checkpoint.tools import listing, locate
 
     results: list[dict[str, Any]] = []
-    with _store_errors():
+    with store_errors():
         folder, only = locate(uri)
         found = [one for one in listing(folder) if only == one.step or (only is None and one.checkpoint)]
         for step, checkpoint, problem in found:
@@ -164,7 +151,7 @@ def diff(
     """Show which tensors differ between two checkpoints, and by how much.  Exit code 1 if any does."""
     from internlm_trainer.checkpoint.tools import compare, open_one, states
 
-    with _store_errors():
+    with store_errors():
         one, other = open_one(a), open_one(b)
         total = sum(math.prod(shape) for key, shape in states(one).items() if not kind or key[0] in kind)
         with _bar("comparing", total) as advance:
@@ -199,7 +186,7 @@ def export(
     from internlm_trainer.checkpoint.export import export as write
     from internlm_trainer.checkpoint.export import tensors
 
-    with _store_errors():
+    with store_errors():
         checkpoint, files = _of_newest(
             uri,
             step,

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import wraps
+from pathlib import Path
 from typing import Any
 
 import typer
 from rich.console import Console
 
-from internlm_operator.api import JobError
-from internlm_trainer.errors import UserError
+from internlm_operator.api import JobError, load_manifests
+from internlm_trainer.errors import EXIT_USER_ERROR, UserError
 
 out = Console()
-EXIT_USER_ERROR = 65  # sysexits.h: the input is wrong
+EXIT_STORE = 75  # sysexits.h: try again later
 
 
 def sentences(command: Callable[..., None]) -> Callable[..., None]:
@@ -28,3 +30,25 @@ def sentences(command: Callable[..., None]) -> Callable[..., None]:
             raise typer.Exit(EXIT_USER_ERROR) from None
 
     return wrapped
+
+
+def only_job(file: Path, command: str) -> dict[str, Any]:
+    """The manifest in a file, for a command that takes one.  Raises UserError where there are more."""
+    manifests = load_manifests(file)
+    if len(manifests) > 1:
+        raise UserError(f"{file}: holds {len(manifests)} jobs; {command} takes one")
+    return manifests[0]
+
+
+@contextmanager
+def store_errors() -> Iterator[None]:
+    """What is wrong with a checkpoint or its store, as sentences."""
+    from internlm_trainer.checkpoint import BadCheckpoint, StorageUnavailable
+
+    try:
+        yield
+    except BadCheckpoint as error:
+        raise UserError(f"{error}; internlm checkpoint ls shows what else is there") from None
+    except StorageUnavailable as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(EXIT_STORE) from None

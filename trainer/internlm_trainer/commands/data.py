@@ -11,8 +11,8 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from internlm_trainer.commands.common import EXIT_USER_ERROR, out, sentences
-from internlm_trainer.errors import UserError
+from internlm_trainer.commands.common import out, sentences, store_errors
+from internlm_trainer.errors import EXIT_USER_ERROR, UserError
 
 if TYPE_CHECKING:
     from internlm_trainer.checkpoint.format import Manifest
@@ -131,16 +131,15 @@ def _show(found: Inspection, tokenizer: Tokenizer | None) -> None:
 
 def _manifest(url: str) -> Manifest:
     """The manifest of a step's folder, or of the newest one in a job's folder."""
-    from internlm_trainer.checkpoint.folder import Folder
-    from internlm_trainer.checkpoint.format import MANIFEST, decode, parse_step, step_name
+    from internlm_trainer.checkpoint import open_checkpoint
+    from internlm_trainer.checkpoint.load import stored_steps
+    from internlm_trainer.checkpoint.tools import locate
 
-    parent, _, last = url.rstrip("/").rpartition("/")
-    asked = parse_step(last)
-    folder = Folder(parent or "." if asked is not None else url, patience=10.0)
-    found = [step for step in map(parse_step, folder.names()) if step is not None]
-    for step in sorted(found, reverse=True) if asked is None else [asked]:
-        if MANIFEST in folder.names(step_name(step)):
-            return decode(folder.read(step_name(step), MANIFEST), step_name(step))[0]
+    with store_errors():
+        folder, asked = locate(url)
+        steps = [step for step in stored_steps(folder)[0] if asked in (None, step)]
+        if steps:
+            return open_checkpoint(folder, steps[-1]).manifest
     raise UserError(
         f"{url}: no finished checkpoint there; give a job's checkpoint.path or a step's folder in it"
     )

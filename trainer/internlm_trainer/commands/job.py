@@ -9,9 +9,9 @@ import typer
 from rich.table import Table
 
 from internlm_operator.api import Job, JobError, load_manifests, parse_job
-from internlm_trainer.commands.common import EXIT_USER_ERROR, out, sentences
+from internlm_trainer.commands.common import only_job, out, sentences
 from internlm_trainer.commands.convert import SaveFolder, Tokenizer, TrainFolder, manifest_of_config
-from internlm_trainer.errors import UserError
+from internlm_trainer.errors import EXIT_USER_ERROR, UserError
 
 Files = Annotated[list[Path], typer.Argument(help="Manifests of InternLMJobs.", show_default=False)]
 File = Annotated[
@@ -63,10 +63,7 @@ def run(
             "has spec.data and spec.checkpoint"
         )
     else:
-        manifests = load_manifests(file)
-        if len(manifests) > 1:
-            raise UserError(f"{file}: holds {len(manifests)} jobs; run takes one")
-        manifest = launch.scale_down(manifests[0], nodes, processes)
+        manifest = launch.scale_down(only_job(file, "run"), nodes, processes)
     job = parse_job(manifest)
     launch.check_machine(job.spec.nodes, job.spec.gpus_per_node)
     typer.echo(f"{job.name}: {_summary(job)}")

@@ -9,8 +9,8 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from internlm_operator.api import load_manifests, parse_spec
-from internlm_trainer.commands.common import out, sentences
+from internlm_operator.api import parse_spec
+from internlm_trainer.commands.common import only_job, out, sentences
 from internlm_trainer.commands.job import File
 from internlm_trainer.errors import UserError
 from internlm_trainer.plan.choose import Option, Plan, make_plan
@@ -33,10 +33,7 @@ def plan(
     as_json: Annotated[bool, typer.Option("--json", help="All layouts as JSON, in bytes.")] = False,
 ) -> None:
     """Show what each ZeRO layout of a job costs in memory and communication, and which one to take."""
-    manifests = load_manifests(file)
-    if len(manifests) > 1:
-        raise UserError(f"{file}: holds {len(manifests)} jobs; plan takes one")
-    spec = parse_spec(manifests[0].get("spec"), gpus)
+    spec = parse_spec(only_job(file, "plan").get("spec"), gpus)
     world_size = gpus or spec.world_size
     node = min(gpus_per_node or spec.processes_of_a_node, world_size)
     if world_size % node:

@@ -29,7 +29,8 @@ from internlm_trainer.storage import is_local, join, open_fs, stamp_of, user_err
 
 Ids = NDArray[np.int64]
 
-_PREFIX, _SUFFIX = b'{"tokens": [', b"]}\n"
+PREFIX, SUFFIX = b'{"tokens": [', b"]}\n"
+"""What a line has around its ids."""
 _METAS_AT_ONCE = 32
 _PARSED_BYTES = 256 << 10
 
@@ -56,9 +57,9 @@ def encode_sample(ids: Sequence[int]) -> bytes:
 
 def decode_sample(line: bytes) -> Ids:
     """The ids [tokens] of a sample's line.  Raises ValueError if it is no such line."""
-    if line.startswith(_PREFIX) and line.endswith(_SUFFIX):
+    if line.startswith(PREFIX) and line.endswith(SUFFIX):
         # Five times as fast as JSON; what it does not take in whole, JSON judges.
-        text = line[len(_PREFIX) : -len(_SUFFIX)]
+        text = line[len(PREFIX) : -len(SUFFIX)]
         with suppress(ValueError):
             ids: Ids = np.fromstring(text, dtype=np.int64, sep=",")
             if len(ids) == text.count(b",") + 1 and not _has_gap(text):
@@ -185,10 +186,10 @@ def parse_samples(
 
 def _parse_some(samples: Sequence[tuple[BinFile, int]], lines: Sequence[bytes], vocab_size: int) -> list[Ids]:
     """Where the one call does not find what it should, the lines are looked at one by one."""
-    texts = [line[len(_PREFIX) : -len(_SUFFIX)] for line in lines]
+    texts = [line[len(PREFIX) : -len(SUFFIX)] for line in lines]
     lengths = [int(file.lengths[sample]) for file, sample in samples]
     if (
-        all(line.startswith(_PREFIX) and line.endswith(_SUFFIX) for line in lines)
+        all(line.startswith(PREFIX) and line.endswith(SUFFIX) for line in lines)
         and [text.count(b",") + 1 for text in texts] == lengths
         and all(texts)
         and not _has_gap(joined := b", ".join(texts))

@@ -12,9 +12,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from internlm_trainer.data.bin_format import PREFIX, SUFFIX
 from internlm_trainer.data.tokenizer import Tokenizer
-
-_PREFIX, _SUFFIX = b'{"tokens": [', b"]}\n"
 
 
 class Lines(NamedTuple):
@@ -48,8 +47,8 @@ class LineEncoder:
         starts = np.concatenate(([0], stops[:-1])) + len(b", ")
         parts: list[bytes] = []
         for start, stop in zip(starts.tolist(), stops.tolist(), strict=True):
-            parts += (_PREFIX, text[start:stop], _SUFFIX)
-        sizes = stops - starts + len(_PREFIX) + len(_SUFFIX)
+            parts += (PREFIX, text[start:stop], SUFFIX)
+        sizes = stops - starts + len(PREFIX) + len(SUFFIX)
         return Lines(b"".join(parts), sizes, tokens)
 
 

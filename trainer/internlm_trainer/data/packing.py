@@ -37,6 +37,11 @@ class Row(NamedTuple):
     max_seqlen: int
     source: int
 
+    @property
+    def learned(self) -> int:
+        """Tokens that carry loss."""
+        return int((self.labels != IGNORED).sum())
+
 
 class Part(NamedTuple):
     """Tokens [start, stop) of the sample at `place` in the shuffled order."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,6 +14,17 @@ from internlm_trainer.errors import UserError
 from internlm_trainer.optim.state import Part
 
 KINDS = ("exp_avg", "exp_avg_sq")
+
+
+class Rule(NamedTuple):
+    """How parts are updated; the update at hand is counted in `updates`, unless it is to `skip`."""
+
+    updates: Tensor
+    skip: Tensor
+    lr: float
+    betas: tuple[float, float]
+    eps: float
+    weight_decay: float
 
 
 class AdamW:
@@ -31,13 +43,14 @@ class AdamW:
         skip = skip.to(self.updates.device)
         self.updates += ~skip
         for parts, weight_decay in self.groups:
-            settings = (self.updates, skip, lr, (self.spec.betas[0], beta2), self.spec.eps, weight_decay)
+            betas = (self.spec.betas[0], beta2)
+            rule = Rule(self.updates, skip, lr, betas, self.spec.eps, weight_decay)
             if self.spec.state_type == "fp32":
-                self.update(parts, [[part.states[kind] for part in parts] for kind in KINDS], *settings)
+                self.update(parts, [[part.states[kind] for part in parts] for kind in KINDS], rule)
                 continue
             for part in parts:  # one by one, so that their fp32 copies do not all exist at once
                 moments = [part.states[kind].float() for kind in KINDS]
-                self.update([part], [[moment] for moment in moments], *settings)
+                self.update([part], [[moment] for moment in moments], rule)
                 for kind, moment in zip(KINDS, moments, strict=True):
                     part.states[kind].copy_(moment)
 
@@ -63,17 +76,8 @@ def choose_backend(asked: str, device: torch.device) -> str:
     return "apex"
 
 
-def _torch_update(
-    parts: list[Part],
-    moments: list[list[Tensor]],
-    updates: Tensor,
-    skip: Tensor,
-    lr: float,
-    betas: tuple[float, float],
-    eps: float,
-    weight_decay: float,
-) -> None:
-    before = updates - (~skip).float()  # the kernel counts the update at hand itself
+def _torch_update(parts: list[Part], moments: list[list[Tensor]], rule: Rule) -> None:
+    before = rule.updates - (~rule.skip).float()  # the kernel counts the update at hand itself
     adamw(
         [part.weight for part in parts],
         [part.gradient for part in parts],
@@ -82,27 +86,18 @@ def _torch_update(
         max_exp_avg_sqs=[],
         state_steps=[before.clone() for _ in parts],
         fused=True,
-        found_inf=skip.float(),  # made for gradient scaling: where it is 1, the kernel does nothing at all
+        found_inf=rule.skip.float(),  # made for gradient scaling: where it is 1, the kernel does nothing at all
         amsgrad=False,
-        beta1=betas[0],
-        beta2=betas[1],
-        lr=lr,
-        weight_decay=weight_decay,
-        eps=eps,
+        beta1=rule.betas[0],
+        beta2=rule.betas[1],
+        lr=rule.lr,
+        weight_decay=rule.weight_decay,
+        eps=rule.eps,
         maximize=False,
     )
 
 
-def _apex_update(
-    parts: list[Part],
-    moments: list[list[Tensor]],
-    updates: Tensor,
-    skip: Tensor,
-    lr: float,
-    betas: tuple[float, float],
-    eps: float,
-    weight_decay: float,
-) -> None:
+def _apex_update(parts: list[Part], moments: list[list[Tensor]], rule: Rule) -> None:
     import amp_C
     from apex.multi_tensor_apply import multi_tensor_applier
 
@@ -111,14 +106,14 @@ def _apex_update(
     adam_w, bias_correction = 1, 1
     multi_tensor_applier(
         amp_C.multi_tensor_adam_capturable,  # the kernel under FusedAdam(capturable=True)
-        skip.int().reshape(1),  # its overflow buffer: where it is 1, the kernel does nothing at all
+        rule.skip.int().reshape(1),  # its overflow buffer: where it is 1, the kernel does nothing at all
         [[part.gradient for part in parts], [part.weight for part in parts], *moments],
-        torch.full((1,), lr, device=updates.device),
-        *betas,
-        eps,
-        updates.int().reshape(1),
+        torch.full((1,), rule.lr, device=rule.updates.device),
+        *rule.betas,
+        rule.eps,
+        rule.updates.int().reshape(1),
         adam_w,
         bias_correction,
-        weight_decay,
-        torch.ones(1, device=updates.device),
+        rule.weight_decay,
+        torch.ones(1, device=rule.updates.device),
     )

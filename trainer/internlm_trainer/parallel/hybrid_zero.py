@@ -37,7 +37,7 @@ class HybridZero:
     units: the modules that make a bucket each, in the order of the forward pass; together they hold all parameters.
     spec: how gradients are accumulated and reduced, and what is offloaded; its degrees are those of `layout`.
     dtype: of parameters and activations; master weights and accumulation are fp32.
-    initialise: fills one fp32 parameter in place, given its name and index; called alike on every rank.
+    initialise: fills one fp32 parameter in place, given its name; called alike on every rank.
     decays: whether weight decay applies to a parameter.
     """
 
@@ -50,7 +50,7 @@ class HybridZero:
         *,
         dtype: torch.dtype,
         device: torch.device,
-        initialise: Callable[[str, int, Tensor], None],
+        initialise: Callable[[str, Tensor], None],
         decays: Callable[[str], bool],
     ) -> None:
         self.layout, self.device = layout, device
@@ -69,14 +69,12 @@ class HybridZero:
             self._attach(model, units, index)
         self.publish()
 
-    def _fill(self, initialise: Callable[[str, int, Tensor], None]) -> None:
+    def _fill(self, initialise: Callable[[str, Tensor], None]) -> None:
         """Set the master shards, a whole fp32 bucket at a time, so that no layout changes the values."""
-        index = 0
         for bucket in self.buckets:
             whole = torch.zeros(bucket.layout.padded, dtype=torch.float32, device=self.device)
             for name, view in bucket.views(whole):
-                initialise(name, index, view)
-                index += 1
+                initialise(name, view)
             bucket.master.copy_(whole[slice(*bucket.optimizer_span)])
 
     def _attach(self, model: nn.Module, units: list[nn.Module], index: int) -> None:

@@ -111,11 +111,6 @@ class ZeroLayout(NamedTuple):
                 stride *= part
         return tuple(found)
 
-    def spans_nodes(self, level: Level) -> bool:
-        """Whether a group of the level has ranks on several nodes."""
-        node = self.ranks_per_node or self.world_size
-        return any(group[0] // node != group[-1] // node for group in self.groups(level))
-
     def groups(self, level: Level) -> list[list[int]]:
         """Every group of ranks along a level, each in order of their index along it."""
         starts = (rank for rank in range(self.world_size) if level.place(rank) == 0)

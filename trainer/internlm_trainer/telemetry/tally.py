@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from internlm_trainer.data.packing import IGNORED, Row
+from internlm_trainer.data.packing import Row
 from internlm_trainer.telemetry.flops import causal_pairs
 
 
@@ -33,7 +33,7 @@ class Tally:
     def add(self, row: Row, loss: Tensor) -> None:
         """Count a row; `loss` is the sum of its tokens' losses, 0-dim on the device."""
         self._losses[row.source] += loss
-        self._labels[row.source] += int((row.labels != IGNORED).sum())
+        self._labels[row.source] += row.learned
         self._pairs += causal_pairs(row.cu_seqlens)
 
     def reduce(self, common: Tensor) -> tuple[list[float], Sums]:
