@@ -20,7 +20,7 @@ run: .venv/ready ## train the quickstart job here: a small InternLM on the stand
 	@$(BIN)/internlm run manifests/examples/quickstart.yaml
 
 test: .venv/ready lint ## run all tests; those that this machine cannot run say why
-	@$(BIN)/pytest
+	@$(BIN)/pytest --numprocesses=2
 
 lint: .venv/ready ## check format, lint, types and layers
 	@$(BIN)/ruff format --check .

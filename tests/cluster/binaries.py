@@ -158,15 +158,13 @@ def ensure(names: Iterable[str], log: Log) -> dict[str, Path]:
     reason = _go_problem()
     if reason:
         raise RuntimeError(reason)
-    with _lock(cache_dir() / "build.lock"):
-        missing = [name for name, path in paths.items() if not path.exists()]
-        by_module: dict[str, list[str]] = {}
-        for name in missing:
-            by_module.setdefault(PROGRAMS[name].module, []).append(name)
-        # The big one first: its single-threaded link overlaps with the compilation of the others.
-        order = sorted(by_module, key=lambda module: (module != "kubernetes", module))
-        with ThreadPoolExecutor(max_workers=2) as pool:
-            list(pool.map(lambda module: _build(by_module[module], log), order))
+    by_module: dict[str, list[str]] = {}
+    for name in names:
+        by_module.setdefault(PROGRAMS[name].module, []).append(name)
+    # The big one first: its single-threaded link overlaps with the compilation of the others.
+    order = sorted(by_module, key=lambda module: (module != "kubernetes", module))
+    with ThreadPoolExecutor(max_workers=2) as pool:
+        list(pool.map(lambda module: _build(module, by_module[module], log), order))
     return paths
 
 
@@ -176,10 +174,13 @@ def prepare(*, nodes: bool, log: Log) -> None:
     ensure(CONTROL_PLANE + (NODE if nodes else ()), log)
 
 
-def _build(names: Iterable[str], log: Log) -> None:
-    for name in names:
-        with _heartbeat(name, log):
-            _build_one(name)
+def _build(module: str, names: Iterable[str], log: Log) -> None:
+    # Another process may be building other programs, or these.
+    with _lock(cache_dir() / f"{module}.lock"):
+        for name in names:
+            if not binary_path(name).exists():
+                with _heartbeat(name, log):
+                    _build_one(name)
 
 
 def _build_one(name: str) -> None:
@@ -243,7 +244,7 @@ def progress() -> Log:
     started = time.monotonic()
 
     def log(line: str) -> None:
-        print(f"[{time.monotonic() - started:6.1f} s] {line}", flush=True)
+        print(f"[{time.monotonic() - started:6.1f} s] {line}", file=sys.stderr, flush=True)
 
     return log
 

@@ -7,8 +7,9 @@ session whose tests use both gets one cluster for both. Skips, with the reason, 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager, nullcontext, suppress
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -31,8 +32,7 @@ def cluster() -> Iterator[Cluster]:
 @pytest.fixture(scope="session")
 def control_plane(request: pytest.FixtureRequest) -> Iterator[Cluster]:
     """An API server with its controllers, maybe without nodes. Tests share it, as they do `cluster`."""
-    others = {name for item in request.session.items for name in getattr(item, "fixturenames", ())}
-    if "cluster" in others and binaries.unavailable() is None:
+    if "cluster" in _all_fixtures(request.session) and binaries.unavailable() is None:
         yield request.getfixturevalue("cluster")
         return
     reason = binaries.unavailable(nodes=False)
@@ -42,16 +42,29 @@ def control_plane(request: pytest.FixtureRequest) -> Iterator[Cluster]:
         yield started
 
 
-def pytest_collection_finish(session: pytest.Session) -> None:
-    """Build the binaries before the first test: on a new machine that takes longer than a test may."""
-    fixtures = {name for item in session.items for name in getattr(item, "fixturenames", ())}
-    if session.config.option.collectonly or not fixtures & {"cluster", "control_plane"}:
-        return
-    nodes = "cluster" in fixtures and binaries.unavailable() is None
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
+    """Build what a test runs before its time starts to count: on a new machine that takes longer than a test may."""
+    used = set(getattr(item, "fixturenames", ()))
+    capture = item.config.pluginmanager.getplugin("capturemanager")
+    with capture.global_and_fixture_disabled() if capture else nullcontext():
+        if used & {"cluster", "control_plane"}:
+            _prepare(nodes="cluster" in _all_fixtures(item.session))
+        elif "minio_server" in used:
+            with suppress(RuntimeError):  # the fixture says it
+                binaries.ensure(["minio"], binaries.progress())
+    return (yield)
+
+
+@cache
+def _prepare(*, nodes: bool) -> None:
+    nodes = nodes and binaries.unavailable() is None
     if binaries.unavailable(nodes=nodes) is None:
-        capture = session.config.pluginmanager.getplugin("capturemanager")
-        with capture.global_and_fixture_disabled() if capture else nullcontext():
-            binaries.prepare(nodes=nodes, log=binaries.progress())
+        binaries.prepare(nodes=nodes, log=binaries.progress())
+
+
+def _all_fixtures(session: pytest.Session) -> set[str]:
+    return {name for item in session.items for name in getattr(item, "fixturenames", ())}
 
 
 @contextmanager
