@@ -140,6 +140,8 @@ class Progress(StatusPart):
     """Tokens trained on."""
     skipped_steps: int = 0
     """Steps whose update was left out, as their loss or gradient norm was a spike or no number."""
+    failed_saves: int = 0
+    """Saves that failed since the newest good checkpoint; the log says why."""
     loss: float | None = None
     """Training loss of the last reported step, in nats a token."""
     validation_loss: float | None = None

@@ -52,6 +52,8 @@ class Report(Message):
     """Tokens trained on."""
     skipped_steps: _Count = 0
     """Steps whose update was left out, as their loss or gradient norm was a spike or no number."""
+    failed_saves: _Count = 0
+    """Saves that failed since the newest good checkpoint."""
     loss: FiniteFloat | None = None
     """Training loss of the last step, in nats a token."""
     validation_loss: FiniteFloat | None = None

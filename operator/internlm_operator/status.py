@@ -96,6 +96,7 @@ def take_report(status: JobStatus, report: Report, time: datetime) -> None:
         total_steps=report.total_steps,
         tokens=report.tokens,
         skipped_steps=report.skipped_steps,
+        failed_saves=report.failed_saves,
         loss=_rounded(report.loss),
         validation_loss=_rounded(report.validation_loss),
         tokens_per_second=_rounded(report.tokens_per_second),

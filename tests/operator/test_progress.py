@@ -20,7 +20,7 @@ def test_a_report_becomes_progress_and_checkpoint() -> None:
         "digest": "x",
     }
     speed = {"tokensPerSecond": 8100.0, "tokensPerGpuPerSecond": 4050.0, "tflopsPerGpu": 181.5}
-    world.tell(make_report(step=120, **speed, etaSeconds=95, checkpoint=checkpoint))
+    world.tell(make_report(step=120, **speed, etaSeconds=95, failedSaves=2, checkpoint=checkpoint))
     world.settle()
     assert world.status["progressText"] == "120/400"
     assert world.status["progress"] == {
@@ -28,6 +28,7 @@ def test_a_report_becomes_progress_and_checkpoint() -> None:
         "totalSteps": 400,
         "tokens": 491520,
         "skippedSteps": 0,
+        "failedSaves": 2,
         "loss": 3.0,
         **speed,
         "etaSeconds": 95,

@@ -19,10 +19,10 @@ from internlm_trainer.callbacks.evaluation import Completions, Evaluation
 from internlm_trainer.callbacks.garbage import Garbage
 from internlm_trainer.callbacks.profiling import Profiling
 from internlm_trainer.callbacks.progress import Progress
-from internlm_trainer.checkpoint import Checkpoint, CheckpointStore, Piece, Saver, newest_good
+from internlm_trainer.checkpoint import BadCheckpoint, Checkpoint, CheckpointStore, Piece, Saver, newest_good
 from internlm_trainer.config import TrainSpec
 from internlm_trainer.data.packing import IGNORED, Row
-from internlm_trainer.errors import UserError
+from internlm_trainer.errors import Diverged, UserError
 from internlm_trainer.inputs import open_inputs, open_store
 from internlm_trainer.kernels import attention
 from internlm_trainer.kernels.attention import Documents
@@ -83,9 +83,13 @@ def train(name: str, spec: TrainSpec, world: Processes, attempt: int) -> int:
                 callback.start()
         while trainer.step < trainer.total_steps:
             result = trainer.train_step()
-            for callback in callbacks:
-                with trainer.section(callback.section):
-                    callback.after_step(result)
+            try:
+                for callback in callbacks:
+                    with trainer.section(callback.section):
+                        callback.after_step(result)
+            except Diverged:
+                trainer.saver.wait()  # what is being saved is from before, and may be needed
+                raise
             if result.last and result.step < trainer.total_steps:
                 raise Stopped(result.step)
         for callback in callbacks:
@@ -265,10 +269,7 @@ class Trainer:
             self.guard.load_state_dict(guard)
         self.optimizer.set_step(self.step, self.guard.read().skipped)
         if name := self.optimizer.bad_parameter():
-            raise UserError(
-                f"{checkpoint.committed.uri}: {name} holds numbers that are infinite or none; remove that "
-                "checkpoint, so that the job goes on from the one before"
-            )
+            raise BadCheckpoint(checkpoint.name, f"{name} holds numbers that are infinite or none")
 
     def close(self) -> None:
         """Let go of threads and files."""

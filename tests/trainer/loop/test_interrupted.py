@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import shutil
 import signal
+import struct
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from internlm_trainer.checkpoint.format import CHUNK, MANIFEST, chunk_digest, decode, encode
 from trainer.loop.conftest import Channel, Finished
 from trainer.loop.jobs import EVERY, STEPS, Running, TinyJob, losses, steps, weights
 
@@ -152,19 +156,39 @@ def test_an_evicted_pod_says_at_which_step_it_saved_and_other_layouts_go_on_alik
             assert report[value] == pytest.approx(uninterrupted.last_report[value], abs=1e-5)
 
 
-def test_a_damaged_checkpoint_is_refused_with_the_reason_and_training_resumes_from_the_one_before(
-    tiny: Make, uninterrupted: Finished
+def flip_a_bit(checkpoint: Path) -> str:
+    [shard] = checkpoint.glob("shard-00001-*.bin")
+    data = bytearray(shard.read_bytes())
+    data[len(data) // 2] ^= 1
+    shard.write_bytes(data)
+    return f"{shard.name} is damaged"
+
+
+def save_no_number(checkpoint: Path) -> str:
+    """As if a weight had been NaN when the checkpoint was saved: all digests are right."""
+    manifest, _ = decode((checkpoint / MANIFEST).read_bytes(), checkpoint.name)
+    shard = manifest.shards[1]
+    piece = next(piece for piece in shard.pieces if piece.kind == "master")
+    data = bytearray((checkpoint / shard.file).read_bytes())
+    data[piece.offset : piece.offset + 4] = struct.pack("<f", math.nan)
+    (checkpoint / shard.file).write_bytes(data)
+    chunks = tuple(chunk_digest(data[at : at + CHUNK]) for at in range(0, len(data), CHUNK))
+    shards = (manifest.shards[0], replace(shard, chunks=chunks), *manifest.shards[2:])
+    (checkpoint / MANIFEST).write_bytes(encode(replace(manifest, shards=shards))[0])
+    return f"{piece.parameter} holds numbers that are infinite or none"
+
+
+@pytest.mark.parametrize("spoil", [flip_a_bit, save_no_number])
+def test_a_bad_checkpoint_is_refused_with_the_reason_and_training_resumes_from_the_one_before(
+    tiny: Make, uninterrupted: Finished, spoil: Callable[[Path], str]
 ) -> None:
     job = tiny()
     shutil.copytree(uninterrupted.job.checkpoints, job.checkpoints)
     assert steps(job.checkpoints) == [STEPS - 2 * EVERY, STEPS - EVERY, STEPS]
-    [shard] = (job.checkpoints / f"step-{STEPS:08d}").glob("shard-00001-*.bin")
-    data = bytearray(shard.read_bytes())
-    data[len(data) // 2] ^= 1
-    shard.write_bytes(data)
+    why = spoil(job.checkpoints / f"step-{STEPS:08d}")
     run = job.torchrun()
     assert run.end() == 0, run.log
-    assert f"checkpoint step-{STEPS:08d} is not used: {shard.name} is damaged" in run.log
+    assert f"checkpoint step-{STEPS:08d} is not used: {why}" in run.log
     assert stopped_at(run) == STEPS - EVERY
     assert weights(job.checkpoints) == weights(uninterrupted.job.checkpoints)
 
