@@ -18,6 +18,9 @@ from cluster import binaries
 from cluster.cluster import Cluster
 from cluster.state import clusters_dir, start_time
 
+SINGLE_PROGRAMS = {"minio_server": "minio", "helm": "helm"}
+"""Fixtures that run one program without a cluster."""
+
 
 @pytest.fixture(scope="session")
 def cluster() -> Iterator[Cluster]:
@@ -50,9 +53,9 @@ def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object
     with capture.global_and_fixture_disabled() if capture else nullcontext():
         if used & {"cluster", "control_plane"}:
             _prepare(nodes="cluster" in _all_fixtures(item.session))
-        elif "minio_server" in used:
+        elif names := [program for fixture, program in SINGLE_PROGRAMS.items() if fixture in used]:
             with suppress(RuntimeError):  # the fixture says it
-                binaries.ensure(["minio"], binaries.progress())
+                binaries.ensure(names, binaries.progress())
     return (yield)
 
 
