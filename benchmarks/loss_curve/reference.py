@@ -21,7 +21,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from internlm_operator.api import load_manifests, parse_job
+from internlm_operator.manifest import load_manifests, parse_job
 from internlm_trainer import config
 from internlm_trainer.data.loader import RowLoader, validation_rows
 from internlm_trainer.data.packing import Row

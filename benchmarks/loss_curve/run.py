@@ -17,7 +17,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from internlm_operator.api import load_manifests, parse_job
+from internlm_operator.manifest import load_manifests, parse_job
 
 STEP = re.compile(r"step (\d+)/\d+ +loss ([\d.]+) +(\S+) tokens/s")
 VALIDATION = re.compile(r"validation loss ([\d.]+)")

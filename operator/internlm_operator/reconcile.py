@@ -23,8 +23,9 @@ from __future__ import annotations
 from datetime import datetime, timedelta
 
 from internlm_operator import failures, objects
-from internlm_operator.api import KIND, Attempt, JobError, JobSpec, LastFailure, Phase, parse_job
+from internlm_operator.api import KIND, Attempt, JobSpec, LastFailure, Phase
 from internlm_operator.failures import Failure, Pod
+from internlm_operator.manifest import JobError, parse_job
 from internlm_operator.objects import Object, worker_name
 from internlm_operator.plan import Apply, Create, Delete, Draft, Observed, Plan
 from internlm_operator.status import (

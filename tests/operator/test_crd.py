@@ -10,7 +10,7 @@ import pytest
 import yaml
 from pydantic import BaseModel, Field
 
-from internlm_operator import api, crd
+from internlm_operator import api, crd, manifest
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -63,7 +63,7 @@ def test_every_field_of_the_models_is_in_the_schema() -> None:
     def aliases(model: type[BaseModel], path: str) -> Iterator[str]:
         for field in model.model_fields.values():
             yield f"{path}.{field.alias}"
-            inner = api._model_in(field.annotation)
+            inner = manifest.model_in(field.annotation)
             if inner is not None:
                 is_list = SCHEMA[f"{path}.{field.alias}"].get("type") == "array"
                 yield from aliases(inner, f"{path}.{field.alias}{'[]' if is_list else ''}")

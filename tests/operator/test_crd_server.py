@@ -19,6 +19,7 @@ from kubernetes import client, config
 from cluster.cluster import Cluster
 from cluster.controlplane import wait_until
 from internlm_operator import api, crd
+from internlm_operator.manifest import JobError, parse_job
 
 pytestmark = pytest.mark.cluster
 
@@ -79,8 +80,8 @@ def server(control_plane: Cluster) -> Iterator[client.CustomObjectsApi]:
 def laptop(manifest: Manifest) -> list[str]:
     """The laptop's sentences about a manifest; none if it is good."""
     try:
-        api.parse_job(copy.deepcopy(manifest))
-    except api.JobError as error:
+        parse_job(copy.deepcopy(manifest))
+    except JobError as error:
         return error.sentences
     return []
 
@@ -259,7 +260,7 @@ def test_both_accept_what_is_right(what: str, control_plane: Cluster) -> None:
     command = ("apply", "--dry-run=server", "--namespace=crd-test", "--filename=-", "--output=json")
     stored = json.loads(control_plane.kubectl(*command, input=yaml.safe_dump(FINE[what])))
     # With the defaults that the server filled in, it is the same job as without.
-    assert api.parse_job(stored).spec == api.parse_job(FINE[what]).spec
+    assert parse_job(stored).spec == parse_job(FINE[what]).spec
 
 
 # Values that are right, nearly right and wrong for the field at each path.

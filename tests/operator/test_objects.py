@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from operator_world import SETTINGS, apply_merge_patch, make_job
 
 from internlm_operator import objects
-from internlm_operator.api import parse_job
+from internlm_operator.manifest import parse_job
 from internlm_operator.merge import merge_patch, strategic_merge
 
 

@@ -13,7 +13,8 @@ import signal
 import sys
 from pathlib import Path
 
-from internlm_operator.api import Job, JobError, JobSpec, load_manifests, parse_job, parse_spec
+from internlm_operator.api import JobSpec
+from internlm_operator.manifest import Job, JobError, load_manifests, parse_job, parse_spec
 from internlm_trainer import machine
 from internlm_trainer.checkpoint import StorageUnavailable
 from internlm_trainer.errors import EXIT_USER_ERROR, Diverged, StepFailed, UserError

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from internlm_operator import tls
-from internlm_operator.api import parse_job
+from internlm_operator.manifest import parse_job
 from internlm_trainer.data.prepare import prepare
 from trainer.loop.jobs import Corpus, Running, TinyJob
 

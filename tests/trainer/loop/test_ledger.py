@@ -12,7 +12,7 @@ from pathlib import Path
 import xxhash
 from typer.testing import CliRunner
 
-from internlm_operator.api import parse_job
+from internlm_operator.manifest import parse_job
 from internlm_trainer.cli import app
 from internlm_trainer.data.loader import RowLoader
 from internlm_trainer.inputs import row_settings

@@ -29,7 +29,7 @@ import torch.distributed as dist
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from internlm_operator.api import parse_job, parse_spec
+from internlm_operator.manifest import parse_job, parse_spec
 from internlm_trainer import train
 from internlm_trainer.callbacks.base import Callback, StepResult
 from internlm_trainer.data.prepare import prepare

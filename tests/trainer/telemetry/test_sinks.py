@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from internlm_operator.api import parse_spec
+from internlm_operator.manifest import parse_spec
 from internlm_trainer.config import TrainSpec
 from internlm_trainer.telemetry import sinks
 from internlm_trainer.telemetry.sinks import Opener, Sinks, Values, asked_sinks, metric_of

@@ -11,7 +11,7 @@ from typing import Any
 import typer
 from rich.console import Console
 
-from internlm_operator.api import JobError, load_manifests
+from internlm_operator.manifest import JobError, load_manifests
 from internlm_trainer.errors import EXIT_USER_ERROR, UserError
 
 out = Console()

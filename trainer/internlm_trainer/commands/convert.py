@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from internlm_operator.api import parse_job
+from internlm_operator.manifest import parse_job
 from internlm_trainer.commands.common import sentences
 from internlm_trainer.errors import UserError
 from internlm_trainer.legacy_config import Conversion, Machine, convert, evaluate, job_yaml

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from internlm_operator.api import Job, JobError, load_manifests, parse_job
+from internlm_operator.manifest import Job, JobError, load_manifests, parse_job
 from internlm_trainer.commands.common import only_job, out, sentences
 from internlm_trainer.commands.convert import SaveFolder, Tokenizer, TrainFolder, manifest_of_config
 from internlm_trainer.errors import EXIT_USER_ERROR, UserError

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from internlm_operator.api import parse_spec
+from internlm_operator.manifest import parse_spec
 from internlm_trainer.commands.common import only_job, out, sentences
 from internlm_trainer.commands.job import File
 from internlm_trainer.errors import UserError
