@@ -35,7 +35,7 @@ format: .venv/ready ## format the code
 crd: .venv/ready ## write the CRD from the models
 	@$(BIN)/python -m internlm_operator.crd
 
-install-manifest: .venv/ready ## write manifests/install.yaml from the chart
+install-manifest: .venv/ready ## write manifests/install.yaml, the chart's README and golden renders from the chart
 	@$(BIN)/python manifests/install.py
 
 clean: ## remove the environment and what the quickstart wrote

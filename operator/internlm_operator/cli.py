@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import http
 import json
 import logging
+import ssl
 import sys
+import urllib.error
+import urllib.request
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import kopf
 import typer
@@ -20,10 +24,11 @@ from internlm_operator import __version__, channel, handlers, tls
 from internlm_operator.api import PLURAL
 from internlm_operator.controller import Controller
 from internlm_operator.kube import ApiError, Kube
-from internlm_operator.objects import Settings
+from internlm_operator.objects import Settings, report_path
 
 OWN_NAMESPACE_FILE = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")
 CRD_POLL_SECONDS = 5.0
+CHECK_SECONDS = 10.0
 
 logger = logging.getLogger(__name__)
 app = typer.Typer(
@@ -51,6 +56,7 @@ class Options:
     service_port: int
     secret_name: str
     health_port: int
+    network_policy: dict[str, Any] | None
 
 
 @app.callback(invoke_without_command=True)
@@ -120,6 +126,14 @@ def run(
             help="Port of /healthz and /readyz (HTTP).",
         ),
     ] = 8080,
+    network_policy: Annotated[
+        str,
+        typer.Option(
+            envvar="INTERNLM_OPERATOR_NETWORK_POLICY",
+            help="JSON with the ingress and egress rules of each job's NetworkPolicy, besides those among its "
+            "workers. Default: no NetworkPolicy is made.",
+        ),
+    ] = "",
     log_format: Annotated[
         LogFormat, typer.Option(envvar="INTERNLM_OPERATOR_LOG_FORMAT", help="Form of the log's lines.")
     ] = LogFormat.json,
@@ -136,6 +150,7 @@ def run(
         service_port,
         secret_name or f"{service_name}-channel",
         liveness,
+        _network_rules(network_policy),
     )
     try:
         asyncio.run(serve(options))
@@ -144,6 +159,28 @@ def run(
         sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+@app.command()
+def check(
+    url: Annotated[
+        str, typer.Argument(help="The job channel, such as https://internlm-operator.NAMESPACE.svc:8443.")
+    ],
+    ca_file: Annotated[Path, typer.Option(help="PEM of the authority that signed its certificate.")],
+) -> None:
+    """Ask the job channel for an answer as a worker would, but without a token: it must refuse just that."""
+    address = url.rstrip("/") + report_path("none", "none")
+    request = urllib.request.Request(address, method="POST", data=b"{}")  # noqa: S310
+    try:
+        context = ssl.create_default_context(cafile=ca_file)
+        urllib.request.urlopen(request, timeout=CHECK_SECONDS, context=context)  # noqa: S310
+        sys.exit(f"{url} lets in who has no token: it is no job channel")
+    except urllib.error.HTTPError as error:
+        if error.code != http.HTTPStatus.UNAUTHORIZED:
+            sys.exit(f"{url} answers {error.code}, where a job channel says {http.HTTPStatus.UNAUTHORIZED:d}")
+    except (OSError, ValueError) as error:
+        sys.exit(f"{url} does not answer: {error}")
+    print(f"the job channel at {url} answers")
 
 
 async def serve(options: Options) -> None:
@@ -167,7 +204,8 @@ async def _serve_jobs(kube: Kube, authority: tls.KeyPair, options: Options, read
     names = tls.service_names(options.service_name, options.service_namespace)
     context = tls.server_context(tls.new_server(authority, names, datetime.now(UTC)))
     url = f"https://{names[0]}:{options.service_port}"
-    settings = Settings(options.trainer_image, url, authority.certificate_pem.decode())
+    authority_pem = authority.certificate_pem.decode()
+    settings = Settings(options.trainer_image, url, authority_pem, options.network_policy)
     controller = Controller(kube, settings)
     reports = channel.application(channel.Authenticator(kube, controller), controller)
     server = await channel.serve(reports, options.channel_port, context)
@@ -225,6 +263,19 @@ def _health(ready: asyncio.Event) -> web.Application:
     health.router.add_get("/healthz", healthz)
     health.router.add_get("/readyz", readyz)
     return health
+
+
+def _network_rules(text: str) -> dict[str, Any] | None:
+    try:
+        rules = json.loads(text) if text else None
+    except ValueError as error:
+        raise typer.BadParameter(f"is no JSON: {error}", param_hint="--network-policy") from error
+    if rules is not None and not (isinstance(rules, dict) and rules.keys() <= {"ingress", "egress"}):
+        raise typer.BadParameter(
+            "must be an object with ingress and egress, as in a NetworkPolicy's spec",
+            param_hint="--network-policy",
+        )
+    return rules
 
 
 def _own_namespace() -> str:

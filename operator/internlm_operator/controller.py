@@ -17,7 +17,7 @@ from typing import Any
 from internlm_operator.api import API_VERSION, KIND
 from internlm_operator.kube import FIELD_MANAGER, ApiError, Kube
 from internlm_operator.merge import merge_patch
-from internlm_operator.objects import JOB_LABEL, Object, Settings, config_map, digest, service
+from internlm_operator.objects import JOB_LABEL, Object, Settings, digest, shared_objects
 from internlm_operator.plan import Action, Apply, Create, Delete, Event, Observed, Plan, Refusal
 from internlm_operator.reconcile import reconcile
 from internlm_operator.report import Report
@@ -190,7 +190,7 @@ class Controller:
             for kind, actions in itertools.groupby(plan.actions, type):
                 await _all([limited(action) for action in actions])
                 if kind is Apply:
-                    self._applied[key] = digest(service(job), config_map(job, self._settings))
+                    self._applied[key] = digest(*shared_objects(job, self._settings))
                 if kind is Create:
                     self._refused.pop(key, None)
         except RefusedError as error:

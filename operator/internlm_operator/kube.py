@@ -9,6 +9,7 @@ The rights that they need, and no others:
 | (core)                | pods                 | get, list, watch, create, delete | jobs' namespaces |
 | (core)                | services, configmaps | create, patch                    | jobs' namespaces |
 | (core)                | events               | create                           | jobs' namespaces |
+| networking.k8s.io     | networkpolicies      | create, patch                    | jobs' namespaces |
 | authentication.k8s.io | tokenreviews         | create                           | cluster          |
 | (core)                | secrets              | create, get (by name)            | the operator's   |
 
@@ -37,6 +38,7 @@ _RESOURCES = {
     "ConfigMap": ("/api/v1", "configmaps"),
     "Secret": ("/api/v1", "secrets"),
     "Event": ("/api/v1", "events"),
+    "NetworkPolicy": ("/apis/networking.k8s.io/v1", "networkpolicies"),
     KIND: (f"/apis/{API_VERSION}", PLURAL),
 }
 

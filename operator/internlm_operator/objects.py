@@ -1,4 +1,4 @@
-"""The objects that make a job: a headless service, a ConfigMap and the worker pods, as plain dicts."""
+"""The objects that make a job: a headless service, a ConfigMap, a NetworkPolicy and the worker pods, as plain dicts."""
 
 from __future__ import annotations
 
@@ -43,6 +43,8 @@ class Settings:
     """Base of the job channel as pods reach it, such as https://internlm-operator.internlm-system.svc:8443."""
     channel_ca: str
     """PEM of the certificate authority that signed the channel's certificate."""
+    network_policy: Object | None = None
+    """Rules (`ingress`, `egress`) of a job's NetworkPolicy besides those among its workers; None: it gets none."""
 
 
 def worker_name(job_name: str, index: int) -> str:
@@ -57,6 +59,12 @@ def audience(namespace: str, name: str) -> str:
 def report_path(namespace: str, name: str) -> str:
     """Path of the job's reports on the job channel."""
     return f"/v1/namespaces/{namespace}/internlmjobs/{name}/report"
+
+
+def shared_objects(job: Object, settings: Settings) -> list[Object]:
+    """What a job's workers share: to be there before they are."""
+    made = [service(job), config_map(job, settings)]
+    return made if settings.network_policy is None else [*made, network_policy(job, settings.network_policy)]
 
 
 def service(job: Object) -> Object:
@@ -87,6 +95,25 @@ def config_map(job: Object, settings: Settings) -> Object:
         "kind": "ConfigMap",
         "metadata": _metadata(job, f"{job['metadata']['name']}-config"),
         "data": {"job.yaml": yaml.safe_dump(manifest, sort_keys=False), "ca.crt": settings.channel_ca},
+    }
+
+
+def network_policy(job: Object, rules: Object) -> Object:
+    """Workers reach each other and what `rules` name, and nothing else does or is reached.
+
+    torch.distributed authenticates nobody: who reaches a worker's ports can join the gang or end it.
+    """
+    workers = {"podSelector": {"matchLabels": {JOB_LABEL: job["metadata"]["name"]}}}
+    return {
+        "apiVersion": "networking.k8s.io/v1",
+        "kind": "NetworkPolicy",
+        "metadata": _metadata(job, job["metadata"]["name"]),
+        "spec": {
+            **workers,
+            "policyTypes": ["Ingress", "Egress"],
+            "ingress": [{"from": [workers]}, *rules.get("ingress", [])],
+            "egress": [{"to": [workers]}, *rules.get("egress", [])],
+        },
     }
 
 

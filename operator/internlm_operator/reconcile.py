@@ -303,10 +303,9 @@ def _form_and_follow(draft: Draft, spec: JobSpec) -> Plan:
     """Make the pods that the current attempt lacks, then say how far their start is."""
     attempt = current_attempt(draft.status)
     assert attempt is not None
-    service = objects.service(draft.job)
-    config = objects.config_map(draft.job, draft.observed.settings)
-    if objects.digest(service, config) != draft.observed.applied:
-        draft.actions += [Apply(service), Apply(config)]
+    shared = objects.shared_objects(draft.job, draft.observed.settings)
+    if objects.digest(*shared) != draft.observed.applied:
+        draft.actions += map(Apply, shared)
 
     gang, others = draft.gang(), draft.others()
     draft.remove(others)

@@ -17,7 +17,7 @@ import yaml
 from cluster import binaries
 from cluster.cluster import Cluster
 from cluster.controlplane import wait_until
-from internlm_operator import cli
+from internlm_operator import cli, objects
 
 ROOT = Path(__file__).resolve().parents[2]
 CHART = ROOT / "charts" / "internlm-operator"
@@ -61,17 +61,47 @@ def test_helm_lint_finds_nothing(helm: str) -> None:
     assert "[WARNING]" not in done.stdout
 
 
-def test_the_install_manifest_is_what_the_chart_makes(helm: str) -> None:
+@pytest.fixture(scope="module")
+def generator() -> Any:
+    """manifests/install.py, which writes what is made from the chart."""
     specification = importlib.util.spec_from_file_location("install", ROOT / "manifests" / "install.py")
     assert specification is not None
     assert specification.loader is not None
     module = importlib.util.module_from_spec(specification)
     specification.loader.exec_module(module)
-    committed = (ROOT / "manifests" / "install.yaml").read_text()
-    assert committed == module.install_manifest(helm), "run `make install-manifest` and commit what it writes"
-    kinds = [document["kind"] for document in yaml.safe_load_all(committed)]
+    return module
+
+
+def test_what_is_made_from_the_chart_is_committed(helm: str, generator: Any) -> None:
+    made = generator.outputs(helm)
+    assert {path.name for path in made} == {"install.yaml", "README.md", "full.yaml", "namespaced.yaml"}
+    for path, text in made.items():
+        assert path.read_text() == text, f"{path}: run `make install-manifest` and commit what it writes"
+
+
+def test_the_install_manifest_makes_its_namespace_and_leaves_out_what_is_helms(
+    helm: str, generator: Any
+) -> None:
+    objects = list(yaml.safe_load_all(generator.install_manifest(helm)))
+    kinds = [o["kind"] for o in objects]
     assert kinds[0] == "Namespace"
     assert "CustomResourceDefinition" in kinds
+    assert not [o for o in objects if "helm" in json.dumps(o["metadata"])]
+
+
+def test_every_value_is_explained(generator: Any) -> None:
+    text = (CHART / "values.yaml").read_text()
+    explained = {path for path, _, _ in generator.commented_values(text)}
+
+    def leaves(values: dict[str, Any], prefix: str = "") -> Iterator[str]:
+        for name, value in values.items():
+            path = prefix + name
+            if isinstance(value, dict) and value and path not in explained:
+                yield from leaves(value, f"{path}.")
+            else:
+                yield path
+
+    assert set(leaves(yaml.safe_load(text))) == explained
 
 
 @pytest.mark.parametrize(
@@ -84,6 +114,9 @@ def test_the_install_manifest_is_what_the_chart_makes(helm: str) -> None:
         ("service.port=0", "minimum: got 0, want 1"),
         ("watchNamespaces={Team_A}", "does not match pattern"),
         ("crds.enabled=maybe", "got string, want boolean"),
+        ("networkPolicy.jobs.egres={}", "additional properties 'egres' not allowed"),
+        ("podDisruptionBudget.maxUnavailable=half", "does not match pattern"),
+        ("monitoring.podMonitor.interval=often", "does not match pattern"),
     ],
 )
 def test_a_value_that_is_wrong_is_refused(helm: str, setting: str, sentence: str) -> None:
@@ -148,10 +181,39 @@ def test_the_values_reach_the_operator(helm: str) -> None:
     options = parse(container["args"])
     assert options["namespace"] == ["a", "b"]
     assert options["log_format"].value == "text"
+    assert json.loads(options["network_policy"]).keys() == {"ingress", "egress"}
     assert options["trainer_image"] == "registry/trainer:0.1.0"
     for probe in ("startupProbe", "livenessProbe", "readinessProbe"):
         port = container[probe]["httpGet"]["port"]
         assert {"name": port, "containerPort": options["liveness"]} in container["ports"]
+
+
+def test_who_the_network_policies_let_in(helm: str) -> None:
+    """By the labels that workers, operator and the test's pod really have."""
+    rendered = render(helm)
+    [policy] = [o for o in rendered if o["kind"] == "NetworkPolicy"]
+    labels = pod_template(rendered)["metadata"]["labels"]
+    assert policy["spec"]["podSelector"]["matchLabels"].items() <= labels.items()
+    [worker, test] = policy["spec"]["ingress"][0]["from"]
+    assert worker["podSelector"]["matchExpressions"] == [{"key": objects.JOB_LABEL, "operator": "Exists"}]
+    [pod] = [o for o in rendered if o["kind"] == "Pod"]
+    assert test["podSelector"]["matchLabels"].items() <= pod["metadata"]["labels"].items()
+    rules = json.loads(parse(pod_template(rendered)["spec"]["containers"][0]["args"])["network_policy"])
+    [operator] = rules["egress"][0]["to"]
+    assert operator["podSelector"]["matchLabels"].items() <= labels.items()
+    assert operator["namespaceSelector"]["matchLabels"] == {"kubernetes.io/metadata.name": NAMESPACE}
+
+
+def test_the_test_asks_the_service_for_the_channel(helm: str) -> None:
+    rendered = render(helm, "--set=service.port=9443")
+    [service] = [o for o in rendered if o["kind"] == "Service"]
+    [pod] = [o for o in rendered if o["kind"] == "Pod"]
+    assert not service["spec"]["selector"].items() <= pod["metadata"]["labels"].items(), "it would ask itself"
+    options = parse(pod["spec"]["containers"][0]["args"])
+    assert options["url"] == f"https://internlm-operator.{NAMESPACE}.svc:9443"
+    [volume] = pod["spec"]["volumes"]
+    secret = parse(pod_template(rendered)["spec"]["containers"][0]["args"])["secret_name"]
+    assert volume["secret"] == {"secretName": secret, "items": [{"key": "tls.crt", "path": "ca.crt"}]}
 
 
 @pytest.fixture(scope="module")
@@ -198,6 +260,7 @@ ALLOWED = (
     "patch internlmjobs/status", "update internlmjobs/finalizers",
     "get pods", "list pods", "watch pods", "create pods", "delete pods",
     "create services", "patch services", "create configmaps", "patch configmaps", "create events",
+    "create networkpolicies.networking.k8s.io", "patch networkpolicies.networking.k8s.io",
 )  # fmt: skip
 REFUSED = (
     "create internlmjobs", "update internlmjobs", "patch internlmjobs", "patch pods", "create pods/exec",
@@ -241,6 +304,29 @@ def test_the_pod_security_standard_restricted_admits_the_operator(rights: Any, h
     pod["spec"]["containers"][0]["securityContext"]["allowPrivilegeEscalation"] = True
     with pytest.raises(RuntimeError, match="violates PodSecurity"):
         cluster.kubectl("create", "--dry-run=server", "--filename=-", input=json.dumps(pod))
+
+
+@pytest.mark.cluster
+@pytest.mark.parametrize("name", ["full", "namespaced"])
+def test_a_real_api_server_takes_every_object(installed: Cluster, name: str) -> None:
+    """All but those of the Prometheus operator, whose definitions are not installed."""
+    made = [
+        o
+        for o in yaml.safe_load_all((CHART.parents[1] / f"tests/charts/golden/{name}.yaml").read_text())
+        if o
+    ]
+    rules = parse(pod_template(made)["spec"]["containers"][0]["args"])["network_policy"]
+    for manifest in made:
+        manifest["metadata"]["namespace"] = NAMESPACE
+    if rules:
+        job = {"metadata": {"name": "job", "namespace": NAMESPACE, "uid": "1"}}
+        made.append(objects.network_policy(job, json.loads(rules)))
+    wanted = [o for o in made if "monitoring.coreos.com" not in o["apiVersion"]]
+    assert len(wanted) > 8
+    for manifest in wanted:
+        installed.kubectl(
+            "create", "--dry-run=server", "--validate=strict", "--filename=-", input=json.dumps(manifest)
+        )
 
 
 @pytest.mark.cluster

@@ -131,9 +131,9 @@ class World:
     def do(self, action: Action) -> None:
         match action:
             case Apply(manifest):
-                settings_objects = objects.service(self.job), objects.config_map(self.job, SETTINGS)
-                assert manifest in settings_objects
-                self.applied = objects.digest(*settings_objects)
+                shared = objects.shared_objects(self.job, SETTINGS)
+                assert manifest in shared
+                self.applied = objects.digest(*shared)
             case Create(manifest):
                 self._create(copy.deepcopy(manifest))
             case Delete(kind, name, uid, grace):

@@ -56,3 +56,13 @@ def test_an_api_server_that_cannot_be_reached_is_said_in_one_sentence(tmp_path: 
     assert done.returncode == 1
     assert "the API server cannot be reached" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_rules_that_are_no_network_policy_are_refused() -> None:
+    for text, sentence in (
+        ("{", "is no JSON"),
+        ('{"from": []}', "must be an object with ingress and egress"),
+    ):
+        done = run("run", "--trainer-image=x", f"--network-policy={text}")
+        assert done.returncode == 2
+        assert sentence in " ".join(done.stderr.replace("│", "").split())
