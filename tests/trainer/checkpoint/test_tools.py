@@ -18,7 +18,7 @@ from trainer.checkpoint.states import PARAMETERS, open_store, save, value, write
 
 
 def internlm(*arguments: object) -> Result:
-    return CliRunner().invoke(app, ["checkpoint", *map(str, arguments)], env={"COLUMNS": "200"})
+    return CliRunner().invoke(app, ["checkpoint", *map(str, arguments)])
 
 
 @pytest.fixture
@@ -67,7 +67,8 @@ def test_verify_reads_every_byte_and_says_what_is_wrong(folder: Path) -> None:
         "checkpoints": [{"step": 200, "problem": ""}]
     }
     shard.write_bytes(data[:50])
-    assert "shard-00001.bin has 50 bytes" in internlm("ls", folder).output
+    # Where a line ends is up to the terminal's width.
+    assert "shard-00001.bin has 50 bytes" in " ".join(internlm("ls", folder).output.split())
 
 
 def test_diff_is_silent_about_layouts_and_tells_values_apart(tmp_path: Path) -> None:
