@@ -25,12 +25,29 @@ MAX_NAME_LENGTH = 63 - len("-worker-99999")
 
 
 class RecoverySpec(Spec):
-    """What happens when a worker fails: the whole gang restarts from the last checkpoint, within a limit."""
+    """What happens when a worker fails: the whole gang restarts from the last checkpoint, within a budget.
 
+    A restart is free after an attempt that committed a newer checkpoint, and after Kubernetes took a pod away
+    (eviction, drain, preemption).  The others count.
+    """
+
+    max_attempts_without_progress: Annotated[int, Field(ge=1, le=10000)] = 3
+    """Attempts without a newer checkpoint that end the job, those left out whose failure is the cluster's:
+    hardware, network, infrastructure."""
     max_restarts: Annotated[int, Field(ge=0, le=10000)] = 10
-    """Restarts within `windowSeconds` before the job fails."""
+    """Restarts that count within `windowSeconds` before the job fails, whatever failed; 0: the first failure ends
+    the job."""
     window_seconds: Annotated[int, Field(ge=1, le=2**31 - 1)] = 86400
     """The sliding window in which restarts are counted."""
+    backoff_seconds: Annotated[int, Field(ge=0, le=3600)] = 10
+    """Wait after the second attempt in a row that failed without a step; doubled after each further one."""
+    max_backoff_seconds: Annotated[int, Field(ge=0, le=86400)] = 300
+    """The longest such wait."""
+    exclude_node_seconds: Annotated[int, Field(ge=0, le=2**31 - 1)] = 3600
+    """How long a node that is to blame gets no worker of this job and, for failed hardware, of no other job
+    either. 0: no node is left out."""
+    pod_disruption_budget: bool = False
+    """Make a PodDisruptionBudget that refuses every voluntary eviction (such as `kubectl drain`) of a worker."""
 
 
 class PodMetadata(Spec):
@@ -168,6 +185,19 @@ class Checkpoint(StatusPart):
     """Digest of its manifest, which holds the digests of its shards."""
 
 
+FailureClass = Literal[
+    "UserError",
+    "DataError",
+    "OutOfMemory",
+    "Hardware",
+    "Network",
+    "Preemption",
+    "Infrastructure",
+    "Unknown",
+]
+FailureAction = Literal["GangRestart", "GangRestartAvoidingNode", "Reschedule", "Fail"]
+
+
 class Attempt(StatusPart):
     """One gang of pods, from its creation to its end."""
 
@@ -185,19 +215,35 @@ class Attempt(StatusPart):
     """The step that it resumed from."""
     end_step: int | None = None
     """The last step that it reported."""
+    checkpoint_step: int | None = None
+    """The newest checkpoint that it committed."""
+    load_seconds: int = 0
+    """Seconds from the rendezvous to the first step, as the trainer measured them."""
+    checkpoint_stall_seconds: int = 0
+    """Seconds that training stood still for checkpoints, as the trainer measured them."""
+    excluded_nodes: list[str] = []
+    """Nodes that its pods may not use."""
     reason: str = ""
     """Why it ended."""
+    class_: Annotated[FailureClass | None, Field(alias="class")] = None
+    """What kind of failure ended it."""
+    node: str = ""
+    """The node of the pod that failed first."""
 
 
 class LastFailure(StatusPart):
-    """The failure that ended the previous attempt, as far as the pods tell it."""
+    """The failure that ended the previous attempt, as far as pods and nodes tell it."""
 
     attempt: int
     """The attempt that it ended."""
+    class_: Annotated[FailureClass | None, Field(alias="class")] = None
+    """What kind of failure it is, which decides what is done about it."""
     reason: str
     """What failed, in one word."""
     message: str
     """What failed, in a sentence; the trainer's own where it left one."""
+    rank: int | None = None
+    """The rank that failed first, where the trainer or torchrun names it."""
     pod: str = ""
     """The pod that failed first."""
     node: str = ""
@@ -206,8 +252,60 @@ class LastFailure(StatusPart):
     """Exit code of its container."""
     signal: int | None = None
     """Signal that ended its container."""
+    evidence: str = ""
+    """What the class rests on."""
+    action: FailureAction | None = None
+    """What was done about it."""
+    lost_steps: int | None = None
+    """Steps that were done and have to be done again."""
     time: str = ""
     """When it failed."""
+
+
+class ExcludedNode(StatusPart):
+    """A node that gets no worker for a while, since it was to blame for a failure."""
+
+    node: str
+    """Its name."""
+    class_: Annotated[FailureClass, Field(alias="class")]
+    """What kind of failure it was; Hardware keeps the workers of other jobs away, too."""
+    evidence: str = ""
+    """What the class rests on."""
+    since: str
+    """When it failed."""
+    until: str
+    """When it may be used again."""
+
+
+class Goodput(StatusPart):
+    """Where the time since the job's creation went; the seconds add up to it, as of `asOf`."""
+
+    as_of: str = ""
+    """The time up to which seconds are counted; what came since is like `phase` says."""
+    queued_seconds: int = 0
+    """Waiting for the operator, a quota or a queue; no pod was there."""
+    scheduling_seconds: int = 0
+    """Waiting for nodes."""
+    image_pull_seconds: int = 0
+    """On nodes, until all containers run: images, volumes."""
+    rendezvous_seconds: int = 0
+    """Until all processes found each other."""
+    load_seconds: int = 0
+    """Building the model and reading data and checkpoint, until the first step."""
+    productive_seconds: int = 0
+    """Training steps that were done for the first time."""
+    redone_seconds: int = 0
+    """Training steps that had been done before and were lost."""
+    checkpoint_stall_seconds: int = 0
+    """Training stood still to save."""
+    hung_seconds: int = 0
+    """No progress was made, until it was noticed and ended."""
+    restarting_seconds: int = 0
+    """From a failure until the next gang's pods are asked for."""
+    suspended_seconds: int = 0
+    """Suspended, or being suspended."""
+    furthest_step: int = 0
+    """The furthest step that any attempt reached: those up to it are redone when they are done again."""
 
 
 class RecentRestarts(StatusPart):
@@ -241,12 +339,20 @@ class JobStatus(StatusPart):
     """The newest committed checkpoint."""
     restarts: int = 0
     """Gang restarts so far."""
+    attempts_without_progress: int = 0
+    """Failed attempts since the newest checkpoint that count towards `recovery.maxAttemptsWithoutProgress`."""
     recent_restarts: list[RecentRestarts] = []
     """Those of the restarts that count towards `recovery.maxRestarts`, oldest first."""
     attempts: list[Attempt] = []
     """The last gangs, oldest first."""
     last_failure: LastFailure | None = None
     """The failure that ended the previous attempt."""
+    excluded_nodes: list[ExcludedNode] = []
+    """Nodes that were to blame, until they may be used again."""
+    goodput: Goodput = Goodput()
+    """Where the time went."""
+    pod_disruption_budget: bool = False
+    """The job has a PodDisruptionBudget, made when `recovery.podDisruptionBudget` asked for it."""
     start_time: str = ""
     """When the operator took the job."""
     completion_time: str = ""

@@ -24,6 +24,7 @@ from internlm_operator import __version__, channel, handlers, tls
 from internlm_operator.api import PLURAL
 from internlm_operator.controller import Controller
 from internlm_operator.kube import ApiError, Kube
+from internlm_operator.nodes import Signs, parse_signs
 from internlm_operator.objects import Settings, report_path
 
 OWN_NAMESPACE_FILE = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")
@@ -57,6 +58,9 @@ class Options:
     secret_name: str
     health_port: int
     network_policy: dict[str, Any] | None
+    watch_nodes: bool
+    node_signs: Signs
+    max_excluded_percent: int
 
 
 @app.callback(invoke_without_command=True)
@@ -134,6 +138,34 @@ def run(
             "workers. Default: no NetworkPolicy is made.",
         ),
     ] = "",
+    watch_nodes: Annotated[
+        bool,
+        typer.Option(
+            envvar="INTERNLM_OPERATOR_WATCH_NODES",
+            help="Read the nodes' health, which needs the right to list and watch nodes.",
+        ),
+    ] = True,
+    node_condition: Annotated[
+        list[str] | None,
+        typer.Option(help="TYPE=STATUS of a node's condition that means failed hardware; several times."),
+    ] = None,
+    node_taint: Annotated[
+        list[str] | None,
+        typer.Option(help="Key of a node's taint that means failed hardware; several times."),
+    ] = None,
+    node_label: Annotated[
+        list[str] | None,
+        typer.Option(help="KEY=VALUE of a node's label that means failed hardware; several times."),
+    ] = None,
+    max_excluded_percent: Annotated[
+        int,
+        typer.Option(
+            envvar="INTERNLM_OPERATOR_MAX_EXCLUDED_PERCENT",
+            min=0,
+            max=100,
+            help="Share of the nodes that jobs may leave out at once; one always, unless this is 0.",
+        ),
+    ] = 10,
     log_format: Annotated[
         LogFormat, typer.Option(envvar="INTERNLM_OPERATOR_LOG_FORMAT", help="Form of the log's lines.")
     ] = LogFormat.json,
@@ -151,6 +183,9 @@ def run(
         secret_name or f"{service_name}-channel",
         liveness,
         _network_rules(network_policy),
+        watch_nodes,
+        _node_signs(node_condition or [], node_taint or [], node_label or []),
+        max_excluded_percent,
     )
     try:
         asyncio.run(serve(options))
@@ -205,7 +240,14 @@ async def _serve_jobs(kube: Kube, authority: tls.KeyPair, options: Options, read
     context = tls.server_context(tls.new_server(authority, names, datetime.now(UTC)))
     url = f"https://{names[0]}:{options.service_port}"
     authority_pem = authority.certificate_pem.decode()
-    settings = Settings(options.trainer_image, url, authority_pem, options.network_policy)
+    settings = Settings(
+        options.trainer_image,
+        url,
+        authority_pem,
+        options.network_policy,
+        options.node_signs,
+        options.max_excluded_percent,
+    )
     controller = Controller(kube, settings)
     reports = channel.application(channel.Authenticator(kube, controller), controller)
     server = await channel.serve(reports, options.channel_port, context)
@@ -222,7 +264,7 @@ async def _serve_jobs(kube: Kube, authority: tls.KeyPair, options: Options, read
         task.add_done_callback(lambda _: stop.set())
     try:
         await kopf.operator(
-            registry=handlers.registry(controller),
+            registry=handlers.registry(controller, options.watch_nodes),
             settings=handlers.settings(),
             standalone=True,
             clusterwide=not options.namespaces,
@@ -276,6 +318,13 @@ def _network_rules(text: str) -> dict[str, Any] | None:
             param_hint="--network-policy",
         )
     return rules
+
+
+def _node_signs(conditions: list[str], taints: list[str], labels: list[str]) -> Signs:
+    try:
+        return parse_signs(conditions, taints, labels)
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--node-condition, --node-label") from error
 
 
 def _own_namespace() -> str:

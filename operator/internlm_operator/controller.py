@@ -14,13 +14,15 @@ from collections import defaultdict
 from datetime import UTC, datetime
 from typing import Any
 
-from internlm_operator.api import API_VERSION, KIND
+from internlm_operator.api import API_VERSION, KIND, ExcludedNode
 from internlm_operator.kube import FIELD_MANAGER, ApiError, Kube
 from internlm_operator.merge import merge_patch
+from internlm_operator.nodes import GONE, NodeHealth, health_of, shared
 from internlm_operator.objects import JOB_LABEL, Object, Settings, digest, shared_objects
-from internlm_operator.plan import Action, Apply, Create, Delete, Event, Observed, Plan, Refusal
+from internlm_operator.plan import Action, Apply, Create, Delete, Event, Observed, Plan, Refusal, node_of
 from internlm_operator.reconcile import reconcile
 from internlm_operator.report import Report
+from internlm_operator.status import parse_status
 from internlm_operator.times import stamp
 from internlm_operator.workqueue import RetryError, WorkQueue
 
@@ -37,6 +39,8 @@ REFUSALS = (400, 403, 422)
 # At most one reading of all jobs in this time, however many events tell that a watch began anew.
 RELIST_SECONDS = 5.0
 MAX_EVENT_MESSAGE = 1024
+# Deleted nodes that are remembered, until no pod is said to be on them any more.
+MAX_GONE_NODES = 1000
 
 logger = logging.getLogger(__name__)
 
@@ -49,6 +53,8 @@ class Controller:
         self._settings = settings
         self._jobs: dict[Key, Object] = {}
         self._pods: dict[Key, dict[str, Object]] = defaultdict(dict)
+        self._nodes: dict[str, NodeHealth] = {}
+        self._excluded: dict[Key, list[ExcludedNode]] = {}
         self._reports: dict[Key, tuple[Report, datetime]] = {}
         self._applied: dict[Key, str] = {}
         self._refused: dict[Key, Refusal] = {}
@@ -96,6 +102,20 @@ class Controller:
             del self._pods[key]
         if key in self._jobs:
             self._queue.add(key)
+
+    def on_node(self, type: str | None, node: Object) -> None:
+        """A watch event of a node."""
+        name = node["metadata"]["name"]
+        if type != "DELETED":
+            self._nodes[name] = health_of(node, self._settings.node_signs)
+            return
+        self._nodes[name] = GONE
+        gone = [name for name, health in self._nodes.items() if health.gone]
+        for oldest in gone[:-MAX_GONE_NODES]:
+            del self._nodes[oldest]
+        for key, pods in self._pods.items():
+            if key in self._jobs and any(node_of(pod) == name for pod in pods.values()):
+                self._queue.add(key)
 
     def on_report(self, key: Key, report: Report) -> None:
         """A report that the job channel accepted."""
@@ -172,6 +192,8 @@ class Controller:
             report_time=report_time,
             applied=self._applied.get(key, ""),
             refused=self._refused.get(key),
+            nodes=self._nodes,
+            excluded=[entry for other, found in self._excluded.items() if other != key for entry in found],
         )
 
     async def _carry_out(self, key: Key, job: Object, plan: Plan) -> bool:
@@ -236,7 +258,15 @@ class Controller:
             self._refused.pop(key, None)
         job = {**job, "metadata": {k: v for k, v in job["metadata"].items() if k != "managedFields"}}
         self._jobs[key] = job
+        self._keep_excluded(key, job)
         return job
+
+    def _keep_excluded(self, key: Key, job: Object) -> None:
+        """What this job says against nodes, for the others; it is in its status, and so outlives the operator."""
+        self._excluded.pop(key, None)
+        if (job.get("status") or {}).get("excludedNodes"):
+            found = [entry for entry in parse_status(job["status"]).excluded_nodes if shared(entry)]
+            self._excluded[key] = found
 
     def _forget(self, key: Key) -> None:
         caches: list[dict[Key, Any]] = [
@@ -245,6 +275,7 @@ class Controller:
             self._applied,
             self._refused,
             self._read_at,
+            self._excluded,
         ]
         for cache in caches:
             cache.pop(key, None)

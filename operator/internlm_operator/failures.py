@@ -38,6 +38,7 @@ PLANNED = frozenset(
         "DeletionByTaintManager",
         "Suspended",
         "SpecChanged",
+        "Unschedulable",
     }
 )
 
@@ -51,6 +52,7 @@ _PEER_LOST = re.compile(
 )
 # torchrun's summary of the process that failed first.
 _TORCHRUN_EXIT = re.compile(r"exitcode\s*:\s*(-?\d+)")
+_TORCHRUN_RANK = re.compile(r"^\s*rank\s*:\s*(\d+)", re.MULTILINE)
 _EXCEPTION_LINE = re.compile(r"^(?:[\w.]+\.)?\w*(?:Error|Exception|Interrupt|Exit)\b.*$", re.MULTILINE)
 _REASON = re.compile(r"^[A-Za-z]([A-Za-z0-9_,:]*[A-Za-z0-9_])?$")
 
@@ -62,6 +64,7 @@ class Termination:
     reason: str
     message: str
     step: int | None
+    rank: int | None = None
 
 
 @dataclass(frozen=True)
@@ -76,6 +79,9 @@ class Failure:
     exit_code: int | None = None
     signal: int | None = None
     time: datetime | None = None
+    rank: int | None = None
+    device: str = ""
+    """The pod's devices that Kubernetes calls unhealthy, in words."""
 
     @property
     def peer_lost(self) -> bool:
@@ -130,10 +136,25 @@ def termination(pod: Pod) -> Termination | None:
         return None
     if not isinstance(content, dict) or not isinstance(content.get("reason"), str):
         return None
-    step = content.get("step")
-    if isinstance(step, bool) or not isinstance(step, int) or not 0 <= step <= 2**53:
-        step = None
-    return Termination(_reason(content["reason"]), _shorten(content.get("message")), step)
+    step, rank = _count(content.get("step")), _count(content.get("rank"))
+    return Termination(_reason(content["reason"]), _shorten(content.get("message")), step, rank)
+
+
+def _count(value: object) -> int | None:
+    fits = isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= 2**53
+    return value if fits and isinstance(value, int) else None
+
+
+def unhealthy_devices(pod: Pod) -> str:
+    """The pod's devices that Kubernetes calls unhealthy, in words (ResourceHealthStatus, KEP-4680)."""
+    found = [
+        f"{resource.get('name')} {device.get('resourceID')}"
+        for container in (pod.get("status") or {}).get("containerStatuses") or []
+        for resource in container.get("allocatedResourcesStatus") or []
+        for device in resource.get("resources") or []
+        if device.get("health") == "Unhealthy"
+    ]
+    return f"{', '.join(found[:4])}: Unhealthy" if found else ""
 
 
 def failure_of(pod: Pod) -> Failure | None:
@@ -151,6 +172,11 @@ def failure_of(pod: Pod) -> Failure | None:
 def lost(name: str, index: int) -> Failure:
     """The failure of a pod that is simply not there any more."""
     return Failure("PodLost", f"Pod {name} vanished: it was deleted, or its node was.", name, index)
+
+
+def on_lost_node(pod: Pod) -> Failure:
+    """The failure of a pod whose node was deleted: nobody else may ever say so of it."""
+    return _failure(pod, "NodeLost", f"Node {(pod.get('spec') or {}).get('nodeName')} was deleted.")
 
 
 def root_cause(failures: Iterable[Failure]) -> Failure | None:
@@ -188,7 +214,7 @@ def _ended_container(pod: Pod, terminated: dict[str, Any]) -> Failure:
     inner = _TORCHRUN_EXIT.search(text)
     if inner and int(inner[1]) < 0:
         signal = -int(inner[1])
-    if signal is not None:
+    if signal is not None and terminated.get("reason") != "ContainerStatusUnknown":
         return _failure(
             pod, "Killed", f"A training process was ended by signal {signal}.", code, signal, time
         )
@@ -254,7 +280,19 @@ def _failure(
         exit_code if isinstance(exit_code, int) else None,
         signal,
         time,
+        _rank(pod),
+        unhealthy_devices(pod),
     )
+
+
+def _rank(pod: Pod) -> int | None:
+    """The rank that failed first in this pod, as the trainer or else torchrun says."""
+    word = termination(pod)
+    if word is not None:
+        return word.rank
+    text = (trainer_state(pod).get("terminated") or {}).get("message") or ""
+    found = _TORCHRUN_RANK.search(text)
+    return _count(int(found[1])) if found and len(found[1]) < 9 else None
 
 
 def _last_words(text: str) -> str:
@@ -265,7 +303,8 @@ def _last_words(text: str) -> str:
 
 
 def _reason(text: str) -> str:
-    """`text` where it may stand as a condition's reason."""
+    """`text` where it may stand as a condition's reason, also the kubelet's `OutOfnvidia.com/gpu`."""
+    text = re.sub("[-./]", "_", text)
     return text if len(text) <= 128 and _REASON.match(text) else "Error"
 
 

@@ -1,4 +1,4 @@
-"""kopf's part: watching jobs and their pods.
+"""kopf's part: watching jobs, their pods, and nodes.
 
 Only `on.event` handlers: kopf then writes nothing to the objects, neither finalizers nor annotations.  There
 is no index over pods either; it costs time quadratic in their number, and the controller's caches are by job.
@@ -15,7 +15,7 @@ from internlm_operator.controller import Controller
 from internlm_operator.objects import JOB_LABEL, Object
 
 
-def registry(controller: Controller) -> kopf.OperatorRegistry:
+def registry(controller: Controller, watch_nodes: bool) -> kopf.OperatorRegistry:
     """Handlers that tell `controller` what the watches see."""
     registry = kopf.OperatorRegistry()
 
@@ -30,6 +30,12 @@ def registry(controller: Controller) -> kopf.OperatorRegistry:
     @kopf.on.event("v1", "pods", labels={JOB_LABEL: kopf.PRESENT}, registry=registry)
     async def pod_event(event: kopf.RawEvent, **_: Any) -> None:
         controller.on_pod(event["type"], cast(Object, event["object"]))
+
+    if watch_nodes:
+
+        @kopf.on.event("v1", "nodes", registry=registry)
+        async def node_event(event: kopf.RawEvent, **_: Any) -> None:
+            controller.on_node(event["type"], cast(Object, event["object"]))
 
     return registry
 

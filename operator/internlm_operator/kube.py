@@ -10,6 +10,8 @@ The rights that they need, and no others:
 | (core)                | services, configmaps | create, patch                    | jobs' namespaces |
 | (core)                | events               | create                           | jobs' namespaces |
 | networking.k8s.io     | networkpolicies      | create, patch                    | jobs' namespaces |
+| policy                | poddisruptionbudgets | create, patch                    | jobs' namespaces |
+| (core)                | nodes                | list, watch                      | cluster          |
 | authentication.k8s.io | tokenreviews         | create                           | cluster          |
 | (core)                | secrets              | create, get (by name)            | the operator's   |
 
@@ -39,6 +41,7 @@ _RESOURCES = {
     "Secret": ("/api/v1", "secrets"),
     "Event": ("/api/v1", "events"),
     "NetworkPolicy": ("/apis/networking.k8s.io/v1", "networkpolicies"),
+    "PodDisruptionBudget": ("/apis/policy/v1", "poddisruptionbudgets"),
     KIND: (f"/apis/{API_VERSION}", PLURAL),
 }
 

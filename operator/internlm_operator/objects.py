@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import yaml
@@ -12,6 +13,7 @@ import yaml
 from internlm_operator.api import API_VERSION, FROZEN, GROUP, KIND, JobSpec
 from internlm_operator.failures import CONTAINER
 from internlm_operator.merge import strategic_merge
+from internlm_operator.nodes import Signs, keep_off
 from internlm_trainer.config import METRICS_PORT
 
 Object = dict[str, Any]
@@ -45,6 +47,10 @@ class Settings:
     """PEM of the certificate authority that signed the channel's certificate."""
     network_policy: Object | None = None
     """Rules (`ingress`, `egress`) of a job's NetworkPolicy besides those among its workers; None: it gets none."""
+    node_signs: Signs = field(default_factory=Signs)
+    """What says that a node's hardware failed."""
+    max_excluded_percent: int = 10
+    """Share of the known nodes that may be left out at once; one always may."""
 
 
 def worker_name(job_name: str, index: int) -> str:
@@ -64,7 +70,12 @@ def report_path(namespace: str, name: str) -> str:
 def shared_objects(job: Object, settings: Settings) -> list[Object]:
     """What a job's workers share: to be there before they are."""
     made = [service(job), config_map(job, settings)]
-    return made if settings.network_policy is None else [*made, network_policy(job, settings.network_policy)]
+    if settings.network_policy is not None:
+        made.append(network_policy(job, settings.network_policy))
+    asked = bool((job["spec"].get("recovery") or {}).get("podDisruptionBudget"))
+    if asked or (job.get("status") or {}).get("podDisruptionBudget"):
+        made.append(pod_disruption_budget(job, job["spec"].get("nodes", 1) if asked else 0))
+    return made
 
 
 def service(job: Object) -> Object:
@@ -98,6 +109,19 @@ def config_map(job: Object, settings: Settings) -> Object:
     }
 
 
+def pod_disruption_budget(job: Object, workers: int) -> Object:
+    """Refuses to evict a worker while no more than `workers` are there; one that says 0 refuses nothing."""
+    return {
+        "apiVersion": "policy/v1",
+        "kind": "PodDisruptionBudget",
+        "metadata": _metadata(job, job["metadata"]["name"]),
+        "spec": {
+            "minAvailable": workers,
+            "selector": {"matchLabels": {JOB_LABEL: job["metadata"]["name"]}},
+        },
+    }
+
+
 def network_policy(job: Object, rules: Object) -> Object:
     """Workers reach each other and what `rules` name, and nothing else does or is reached.
 
@@ -128,8 +152,10 @@ def spec_digest(spec: JobSpec) -> str:
     return digest({name: content[name] for name in FROZEN if name in content})
 
 
-def worker_pod(job: Object, spec: JobSpec, attempt: int, index: int, settings: Settings) -> Object:
-    """Worker `index` of gang number `attempt`, with the user's template merged over it."""
+def worker_pod(
+    job: Object, spec: JobSpec, attempt: int, index: int, settings: Settings, excluded: Sequence[str] = ()
+) -> Object:
+    """Worker `index` of gang number `attempt`, with the user's template merged over it, off `excluded` nodes."""
     name = job["metadata"]["name"]
     pod_spec = strategic_merge(_pod_spec(job, spec, attempt, index, settings), spec.template.spec)
     tolerated = {toleration.get("key") for toleration in pod_spec.get("tolerations", [])}
@@ -138,6 +164,8 @@ def worker_pod(job: Object, spec: JobSpec, attempt: int, index: int, settings: S
         for taint in NODE_LOST_TAINTS
         if taint not in tolerated
     ]
+    if excluded:
+        pod_spec["affinity"] = keep_off(pod_spec.get("affinity"), excluded)
     # The gang is found by these; a template that says otherwise would only break its own job.
     pod_spec |= {"restartPolicy": "Never", "hostname": worker_name(name, index), "subdomain": name}
     metadata = _metadata(job, worker_name(name, index))

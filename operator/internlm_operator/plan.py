@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any, Literal
 
-from internlm_operator import failures, objects
-from internlm_operator.api import KIND, JobStatus, Phase
+from internlm_operator import failures, goodput, objects
+from internlm_operator.api import KIND, ExcludedNode, JobStatus, Phase
 from internlm_operator.failures import Pod
+from internlm_operator.nodes import NodeHealth
 from internlm_operator.objects import Object, Settings
 from internlm_operator.report import Report
 from internlm_operator.status import (
@@ -19,7 +21,7 @@ from internlm_operator.status import (
     progress_write_due,
     set_condition,
 )
-from internlm_operator.times import seconds_since, stamp
+from internlm_operator.times import parse_time, seconds_since, stamp
 
 # The kubelet kills at the end of the grace; if the pod is still there this much later, its node is gone.
 OVERDUE_SECONDS = 30
@@ -84,6 +86,10 @@ class Observed:
     """`objects.digest` of the service and the ConfigMap as this process last applied them."""
     refused: Refusal | None = None
     """Why the last creation of pods failed."""
+    nodes: Mapping[str, NodeHealth] = field(default_factory=dict)
+    """Nodes by their names; those that are not known are taken for good."""
+    excluded: list[ExcludedNode] = field(default_factory=list)
+    """Nodes that other jobs have found to be at fault."""
 
 
 @dataclass(frozen=True)
@@ -142,12 +148,17 @@ class Draft:
         for pod in pods:
             metadata = pod["metadata"]
             since = seconds_since(metadata.get("deletionTimestamp"), self.now)
-            if since is None:
+            if self.health(node_of(pod)).gone:
+                self.actions.append(Delete("Pod", metadata["name"], metadata["uid"], 0))
+            elif since is None:
                 self.actions.append(Delete("Pod", metadata["name"], metadata["uid"], grace_seconds))
             elif since >= OVERDUE_SECONDS:
                 self.actions.append(Delete("Pod", metadata["name"], metadata["uid"], 0))
             else:
                 self.wake(OVERDUE_SECONDS - since)
+
+    def health(self, node: str) -> NodeHealth:
+        return self.observed.nodes.get(node, NodeHealth())
 
     def plan(self, phase: Phase) -> Plan:
         status = self.status
@@ -163,7 +174,13 @@ class Draft:
         if not important and due > 0:
             self.wake(due)
             return Plan(None, self.actions, self.wake_after, False)
-        return Plan(new, self.actions, self.wake_after, important)
+        created = parse_time(self.job["metadata"].get("creationTimestamp")) or parse_time(status.start_time)
+        status.goodput = goodput.advance(self.stored, status, created or self.now, self.now)
+        return Plan(dump_status(status), self.actions, self.wake_after, important)
+
+
+def node_of(pod: Pod) -> str:
+    return (pod.get("spec") or {}).get("nodeName") or ""
 
 
 def owner_of(pod: Pod) -> str | None:

@@ -15,26 +15,26 @@ Conditions and their reasons:
 | Restarting | the failure's reason (Error, Evicted, PodLost...) | NotRestarting                               |
 | Suspended  | SuspendRequested                      | Suspending, NotSuspended                                |
 | Succeeded  | Completed                             | NotFinished, Failed                                     |
-| Failed     | InvalidSpec, InvalidTemplate, UserError, Diverged, OutOfMemory, RestartLimitExceeded | NotFinished, Completed          |
+| Failed     | InvalidSpec, InvalidTemplate, UserError, Diverged, OutOfMemory, NoProgress, RestartLimitExceeded | NotFinished, Completed          |
 """  # noqa: E501
 
 from __future__ import annotations
 
 from datetime import datetime, timedelta
 
-from internlm_operator import failures, objects
-from internlm_operator.api import KIND, Attempt, JobSpec, LastFailure, Phase
+from internlm_operator import failures, nodes, objects
+from internlm_operator.api import KIND, Attempt, JobSpec, Phase
+from internlm_operator.causes import cause_of
 from internlm_operator.failures import Failure, Pod
 from internlm_operator.manifest import JobError, parse_job
 from internlm_operator.objects import Object, worker_name
-from internlm_operator.plan import Apply, Create, Delete, Draft, Observed, Plan
+from internlm_operator.plan import Apply, Create, Delete, Draft, Observed, Plan, node_of
+from internlm_operator.recovery import Verdict, decide, note_failure, restart_delay
 from internlm_operator.status import (
     MAX_ATTEMPTS,
-    count_restart,
     current_attempt,
     holds,
-    restart_delay,
-    restarts_in_window,
+    reset_budget,
     take_last_step,
     take_report,
 )
@@ -45,8 +45,9 @@ CRASH_GRACE_SECONDS = 15
 # How long to wait for the worker that failed by itself, when all that is known is that another lost its peer.
 SETTLE_SECONDS = 3
 REFUSED_RETRY_SECONDS = 10
-# Memory that lasted for this many steps was filled by chance, such as fragments, and not by the job's own size.
-STEPS_THAT_FIT = 10
+# How long a gang looks for nodes while some are left out, and what its attempt ends with then.
+STUCK_SECONDS = 120
+STUCK = "Unschedulable"
 # Why a container waits when nothing is wrong.
 _HARMLESS_WAITS = ("", "PodInitializing", "ContainerCreating")
 
@@ -77,27 +78,20 @@ def reconcile(job: Object, observed: Observed, now: datetime) -> Plan:
         failure = _failure(draft, spec)
         if failure is not None and _may_be_secondary(draft, failure):
             return draft.plan(draft.status.phase)
-        if failure is not None and _would_fail_again(draft, failure):
-            return _fail(draft, failure.reason, failure.message, failure)
         if failure is not None:
-            if restarts_in_window(draft.status, spec.recovery, now) >= spec.recovery.max_restarts:
-                return _fail(draft, "RestartLimitExceeded", _limit_sentence(spec, failure), failure)
-            _end_for_restart(draft, spec, failure)
+            verdict = _judge(draft, spec, failure)
+            if verdict.action == "Fail":
+                return _fail(draft, verdict.reason, verdict.message)
+            _say_restart(draft, failure)
+        else:
+            _dissolve_if_stuck(draft)
 
     if current_attempt(draft.status) is None:
-        waiting = _make_room(draft)
+        waiting = _make_room(draft, spec)
         if waiting is not None:
             return waiting
         _begin_attempt(draft, spec)
     return _form_and_follow(draft, spec)
-
-
-def _would_fail_again(draft: Draft, failure: Failure) -> bool:
-    """Whether a restart would meet the same failure, so that only an edit of the job helps."""
-    if failure.reason == failures.OUT_OF_MEMORY:
-        attempt = draft.status.attempts[-1]
-        return (attempt.end_step or 0) - (attempt.start_step or 0) < STEPS_THAT_FIT
-    return failure.reason in failures.FINAL
 
 
 # What is known of the training itself
@@ -144,10 +138,8 @@ def _succeed(draft: Draft) -> Plan:
     return _clean_up(draft)
 
 
-def _fail(draft: Draft, reason: str, message: str, failure: Failure | None = None) -> Plan:
-    if failure is not None:
-        _note_failure(draft, failure)
-    _finish(draft, failure.reason if failure else reason)
+def _fail(draft: Draft, reason: str, message: str) -> Plan:
+    _finish(draft, reason)
     draft.say("Succeeded", False, "Failed")
     draft.say("Failed", True, reason, message)
     draft.event("Warning", reason, message)
@@ -166,14 +158,6 @@ def _clean_up(draft: Draft) -> Plan:
         else:
             draft.wake(ttl - age)
     return draft.plan(phase)
-
-
-def _limit_sentence(spec: JobSpec, failure: Failure) -> str:
-    recovery = spec.recovery
-    return (
-        f"{failure.message} The job was restarted {recovery.max_restarts} times within "
-        f"{recovery.window_seconds} seconds, which is all that recovery.maxRestarts allows."
-    )
 
 
 # Suspension
@@ -201,6 +185,7 @@ def _suspend(draft: Draft) -> Plan:
 def _note_resume(draft: Draft) -> None:
     if holds(draft.status, "Suspended"):
         draft.event("Normal", "Resumed", "The job goes on from its last checkpoint.")
+        reset_budget(draft.status)
     draft.say("Suspended", False, "NotSuspended")
     _not_finished(draft)
 
@@ -219,6 +204,7 @@ def _end_if_changed(draft: Draft, spec: JobSpec) -> None:
     if attempt is None or attempt.spec_digest in ("", objects.spec_digest(spec)):
         return
     attempt.end_time, attempt.reason = stamp(draft.now), "SpecChanged"
+    reset_budget(draft.status)
     draft.event("Normal", "SpecChanged", "The workers stop; new ones go on as the edited spec says.")
 
 
@@ -226,6 +212,8 @@ def _failure(draft: Draft, spec: JobSpec) -> Failure | None:
     """What ended the current attempt; None while it has every worker it should have."""
     gang = draft.gang()
     found = [failure for pod in gang if (failure := failures.failure_of(pod)) is not None]
+    lost = (pod for pod in gang if draft.health(node_of(pod)).gone and not failures.is_over(pod))
+    found += map(failures.on_lost_node, lost)
     attempt = current_attempt(draft.status)
     if attempt is not None and attempt.formed:
         there = {failures.index_of(pod) for pod in gang}
@@ -243,32 +231,25 @@ def _may_be_secondary(draft: Draft, failure: Failure) -> bool:
     return any(map(failures.is_running, draft.gang()))
 
 
-def _note_failure(draft: Draft, failure: Failure) -> None:
-    attempt = current_attempt(draft.status)
-    draft.status.last_failure = LastFailure(
-        attempt=attempt.number if attempt else 0,
-        reason=failure.reason,
-        message=failure.message,
-        pod=failure.pod,
-        node=failure.node,
-        exit_code=failure.exit_code,
-        signal=failure.signal,
-        time=stamp(failure.time or draft.now),
-    )
+def _judge(draft: Draft, spec: JobSpec, failure: Failure) -> Verdict:
+    """Decide what to do about the failure of the current attempt, which is over."""
+    cause = cause_of(failure, draft.health(failure.node))
+    verdict = decide(draft.status, spec.recovery, failure, cause, draft.now)
+    note_failure(draft.status, spec.recovery, failure, cause, verdict.action, draft.now)
+    if verdict.action == "GangRestartAvoidingNode":
+        until = draft.status.excluded_nodes[-1].until
+        message = f"Node {failure.node} gets no worker until {until}: {cause.class_}: {cause.evidence}"
+        draft.event("Warning", "NodeExcluded", message)
+    return verdict
 
 
-def _end_for_restart(draft: Draft, spec: JobSpec, failure: Failure) -> None:
-    attempt = current_attempt(draft.status)
-    assert attempt is not None
-    _note_failure(draft, failure)
-    attempt.end_time, attempt.reason = stamp(draft.now), failure.reason
-    count_restart(draft.status, spec.recovery, draft.now)
+def _say_restart(draft: Draft, failure: Failure) -> None:
     message = f"Worker {failure.index}: {failure.message}"
     draft.say("Restarting", True, failure.reason, message)
     draft.event("Warning", "Restarting", message)
 
 
-def _make_room(draft: Draft) -> Plan | None:
+def _make_room(draft: Draft, spec: JobSpec) -> Plan | None:
     """Remove what is left of earlier attempts, and wait; None once the next one may begin."""
     attempts = draft.status.attempts
     planned = not attempts or attempts[-1].reason in failures.PLANNED
@@ -278,7 +259,7 @@ def _make_room(draft: Draft) -> Plan | None:
         draft.say("Running", False, "OldWorkersTerminating", f"Waiting for {len(draft.pods)} pods to end.")
         return draft.plan(phase)
     ended = parse_time(attempts[-1].end_time) if attempts else None
-    wait = (ended + restart_delay(attempts) - draft.now) if ended else timedelta()
+    wait = (ended + restart_delay(attempts, spec.recovery) - draft.now) if ended else timedelta()
     if wait > timedelta():
         draft.say(
             "Running", False, "WaitingToRestart", "The last attempts failed at once; waiting before the next."
@@ -294,9 +275,42 @@ def _make_room(draft: Draft) -> Plan | None:
 def _begin_attempt(draft: Draft, spec: JobSpec) -> None:
     attempts = draft.status.attempts
     number = attempts[-1].number + 1 if attempts else 1
-    new = Attempt(number=number, start_time=stamp(draft.now), spec_digest=objects.spec_digest(spec))
+    excluded = [] if attempts and attempts[-1].reason == STUCK else _excluded_nodes(draft)
+    new = Attempt(
+        number=number,
+        start_time=stamp(draft.now),
+        spec_digest=objects.spec_digest(spec),
+        excluded_nodes=excluded,
+    )
     draft.status.attempts = [*attempts, new][-MAX_ATTEMPTS:]
-    draft.event("Normal", "AttemptStarted", f"Attempt {number} starts with {spec.nodes} workers.")
+    away = f", away from {', '.join(excluded)}" if excluded else ""
+    draft.event("Normal", "AttemptStarted", f"Attempt {number} starts with {spec.nodes} workers{away}.")
+
+
+def _excluded_nodes(draft: Draft) -> list[str]:
+    observed, now = draft.observed, draft.now
+    known = sum(not health.gone for health in observed.nodes.values())
+    most = max(1, known * observed.settings.max_excluded_percent // 100)
+    if not observed.settings.max_excluded_percent:
+        most = 0
+    return nodes.left_out(draft.status.excluded_nodes, observed.excluded, observed.nodes, most, now)
+
+
+def _dissolve_if_stuck(draft: Draft) -> None:
+    """End an attempt that finds no node while some are left out: a node under suspicion is better than none."""
+    attempt = current_attempt(draft.status)
+    unscheduled = any((_start_problem(pod) or ("",))[0] == "Unschedulable" for pod in draft.gang())
+    if attempt is None or not attempt.excluded_nodes or not unscheduled:
+        return
+    age = seconds_since(attempt.start_time, draft.now) or 0.0
+    if age < STUCK_SECONDS:
+        draft.wake(STUCK_SECONDS - age)
+        return
+    attempt.end_time, attempt.reason = stamp(draft.now), STUCK
+    away = ", ".join(attempt.excluded_nodes)
+    draft.event(
+        "Warning", "NodesReadmitted", f"There are no nodes but {away}: the next attempt may use them."
+    )
 
 
 def _form_and_follow(draft: Draft, spec: JobSpec) -> Plan:
@@ -306,6 +320,8 @@ def _form_and_follow(draft: Draft, spec: JobSpec) -> Plan:
     shared = objects.shared_objects(draft.job, draft.observed.settings)
     if objects.digest(*shared) != draft.observed.applied:
         draft.actions += map(Apply, shared)
+
+    draft.status.pod_disruption_budget |= spec.recovery.pod_disruption_budget
 
     gang, others = draft.gang(), draft.others()
     draft.remove(others)
@@ -319,7 +335,10 @@ def _form_and_follow(draft: Draft, spec: JobSpec) -> Plan:
     if missing and not others and not attempt.formed:
         settings = draft.observed.settings
         draft.actions += [
-            Create(objects.worker_pod(draft.job, spec, attempt.number, index, settings)) for index in missing
+            Create(
+                objects.worker_pod(draft.job, spec, attempt.number, index, settings, attempt.excluded_nodes)
+            )
+            for index in missing
         ]
     attempt.formed = attempt.formed or not missing
 

@@ -11,6 +11,7 @@ from internlm_trainer.config import Spec
 # Whatever a pod sends ends in the job's status, which every watcher of the job reads: keep it small.
 MAX_REPORT_BYTES = 64 * 1024
 _Step = Annotated[int, Field(ge=0, le=2**53)]
+_Seconds = Annotated[FiniteFloat, Field(ge=0, le=2**31)]
 _Count = Annotated[int, Field(ge=0, le=2**63 - 1)]
 
 
@@ -64,6 +65,10 @@ class Report(Message):
     """Speed of one process."""
     tflops_per_gpu: Annotated[FiniteFloat, Field(ge=0)] | None = None
     """Model TFLOPS of one process."""
+    load_seconds: _Seconds = 0
+    """Seconds from this attempt's rendezvous to its first step."""
+    checkpoint_stall_seconds: _Seconds = 0
+    """Seconds of this attempt that training stood still for checkpoints."""
     eta_seconds: _Count | None = None
     """Seconds that the rest will take at this speed."""
     checkpoint: CheckpointReport | None = None

@@ -1,8 +1,8 @@
-"""The parts of a job's status: conditions, progress, attempts, and how often the gang may restart."""
+"""The parts of a job's status: conditions, progress, attempts."""
 
 from __future__ import annotations
 
-from datetime import datetime, timedelta
+from datetime import datetime
 from typing import Any
 
 from pydantic import ValidationError
@@ -13,20 +13,21 @@ from internlm_operator.api import (
     Condition,
     JobStatus,
     Progress,
-    RecentRestarts,
-    RecoverySpec,
 )
-from internlm_operator.failures import PLANNED
 from internlm_operator.report import Report
 from internlm_operator.times import seconds_since, stamp
 
 CONDITIONS = ("Running", "Restarting", "Suspended", "Succeeded", "Failed")
 MAX_ATTEMPTS = 10
-# A bucket of recent restarts spans this part of the window, so at most this many buckets (and one) are kept.
-BUCKETS = 64
 # Seconds between two writes that only carry progress.
 PROGRESS_SECONDS = 5.0
-MAX_RESTART_DELAY = 300.0
+_PROGRESS_OF_ATTEMPT = (
+    "start_step",
+    "end_step",
+    "checkpoint_step",
+    "load_seconds",
+    "checkpoint_stall_seconds",
+)
 
 
 def parse_status(stored: Any) -> JobStatus:
@@ -89,8 +90,12 @@ def take_report(status: JobStatus, report: Report, time: datetime) -> None:
     assert report.attempt == attempt.number
     if report.step < (attempt.end_step or 0):
         return
-    attempt.start_step = report.start_step
+    _note_resume_step(status, attempt, report.start_step)
     attempt.end_step = report.step
+    attempt.load_seconds = max(attempt.load_seconds, round(report.load_seconds))
+    attempt.checkpoint_stall_seconds = max(
+        attempt.checkpoint_stall_seconds, round(report.checkpoint_stall_seconds)
+    )
     status.progress = Progress(
         step=report.step,
         total_steps=report.total_steps,
@@ -106,9 +111,31 @@ def take_report(status: JobStatus, report: Report, time: datetime) -> None:
         last_report_time=stamp(time),
     )
     status.progress_text = f"{report.step}/{report.total_steps}"
-    found = report.checkpoint
-    if found is not None and (status.checkpoint is None or found.step >= status.checkpoint.step):
+    found, known = report.checkpoint, status.checkpoint
+    if found is not None and (known is None or found.step >= known.step):
         status.checkpoint = Checkpoint.model_validate(found.model_dump(by_alias=True))
+        if found.step > max(report.start_step, known.step if known else 0):
+            attempt.checkpoint_step = found.step
+            reset_budget(status)
+
+
+def _note_resume_step(status: JobStatus, attempt: Attempt, step: int) -> None:
+    if attempt.start_step == step:
+        return
+    attempt.start_step = step
+    earlier = status.attempts[:-1]
+    durable = max([a.start_step or 0 for a in earlier] + [status.checkpoint.step if status.checkpoint else 0])
+    if step > durable:  # a checkpoint of an earlier attempt whose report did not come
+        reset_budget(status)
+    failure = status.last_failure
+    if earlier and failure is not None and failure.attempt == earlier[-1].number:
+        failure.lost_steps = max(0, (earlier[-1].end_step or 0) - step)
+
+
+def reset_budget(status: JobStatus) -> None:
+    """Restarts so far do not count any more: there is progress, or a person looked at the job."""
+    status.recent_restarts = []
+    status.attempts_without_progress = 0
 
 
 def _rounded(value: float | None) -> float | None:
@@ -120,50 +147,13 @@ def take_last_step(status: JobStatus, step: int) -> None:
     """The step that the trainer left in its termination message; the last report may have been older."""
     attempt = status.attempts[-1]
     attempt.end_step = max(step, attempt.end_step or 0)
+    if step > (attempt.start_step or 0):  # the trainer saves before it ends well
+        attempt.checkpoint_step = max(step, attempt.checkpoint_step or 0)
     progress = status.progress
     if progress is not None and step > progress.step:
         progress.step = min(step, progress.total_steps)
         progress.eta_seconds = None
         status.progress_text = f"{progress.step}/{progress.total_steps}"
-
-
-def count_restart(status: JobStatus, recovery: RecoverySpec, now: datetime) -> None:
-    """Count a restart. Those close to each other expire together, at most window / BUCKETS early."""
-    status.restarts += 1
-    status.recent_restarts = _recent(status, recovery, now)
-    last = status.recent_restarts[-1] if status.recent_restarts else None
-    age = seconds_since(last.time, now) if last else None
-    if last is not None and age is not None and age < recovery.window_seconds / BUCKETS:
-        last.count += 1
-    else:
-        status.recent_restarts.append(RecentRestarts(time=stamp(now), count=1))
-
-
-def restarts_in_window(status: JobStatus, recovery: RecoverySpec, now: datetime) -> int:
-    """Restarts that count towards the limit now."""
-    return sum(bucket.count for bucket in _recent(status, recovery, now))
-
-
-def _recent(status: JobStatus, recovery: RecoverySpec, now: datetime) -> list[RecentRestarts]:
-    ages = [(bucket, seconds_since(bucket.time, now)) for bucket in status.recent_restarts]
-    return [bucket for bucket, age in ages if age is not None and age < recovery.window_seconds]
-
-
-def restart_delay(attempts: list[Attempt]) -> timedelta:
-    """How long after the last attempt's end the next one may start.
-
-    Nothing after an attempt that trained, or that was stopped from outside; 10, 20, 40... up to 300 s after
-    2, 3, 4... in a row that failed without a step, so that an outage does not use up the restarts at once.
-    """
-    fruitless = 0
-    for attempt in reversed(attempts):
-        trained = (attempt.end_step or 0) > (attempt.start_step or 0)
-        if trained or not attempt.end_time or attempt.reason in PLANNED:
-            break
-        fruitless += 1
-    if fruitless < 2:
-        return timedelta()
-    return timedelta(seconds=min(10.0 * 2 ** (fruitless - 2), MAX_RESTART_DELAY))
 
 
 def only_progress_changed(old: JobStatus, new: JobStatus) -> bool:
@@ -172,9 +162,10 @@ def only_progress_changed(old: JobStatus, new: JobStatus) -> bool:
 
 
 def _without_progress(status: JobStatus) -> dict[str, Any]:
-    content = status.model_dump(exclude={"progress", "progress_text", "checkpoint"})
+    content = status.model_dump(exclude={"progress", "progress_text", "checkpoint", "goodput"})
     for attempt in content["attempts"]:
-        attempt["start_step"] = attempt["end_step"] = None
+        for field in _PROGRESS_OF_ATTEMPT:
+            attempt.pop(field)
     return content
 
 

@@ -12,8 +12,9 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from internlm_operator import objects
-from internlm_operator.api import API_VERSION, KIND
+from internlm_operator.api import API_VERSION, KIND, ExcludedNode
 from internlm_operator.merge import merge_patch
+from internlm_operator.nodes import NodeHealth
 from internlm_operator.plan import Action, Apply, Create, Delete, Event, Observed, Plan, Refusal
 from internlm_operator.reconcile import reconcile
 from internlm_operator.report import Report
@@ -43,6 +44,7 @@ def make_job(**spec: Any) -> dict[str, Any]:
             "uid": "job-uid",
             "generation": 1,
             "resourceVersion": "1",
+            "creationTimestamp": stamp(START),
         },
         "spec": copy.deepcopy(SPEC) | spec,
     }
@@ -75,6 +77,8 @@ class World:
         self.report: tuple[Report, datetime] | None = None
         self.applied = ""
         self.refused: Refusal | None = None
+        self.nodes: dict[str, NodeHealth] = {}
+        self.excluded: list[ExcludedNode] = []
         self._uids = 0
 
     # What reconcile sees and does
@@ -93,7 +97,8 @@ class World:
     def observed(self) -> Observed:
         report, time = self.report or (None, None)
         pods = copy.deepcopy(list(self.pods.values()))
-        return Observed(SETTINGS, pods, report, time, self.applied, self.refused)
+        nodes, excluded = dict(self.nodes), copy.deepcopy(self.excluded)
+        return Observed(SETTINGS, pods, report, time, self.applied, self.refused, nodes, excluded)
 
     def plan(self) -> Plan:
         job, observed = copy.deepcopy(self.job), self.observed()

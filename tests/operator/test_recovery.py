@@ -33,8 +33,11 @@ def test_the_first_failed_worker_restarts_the_whole_gang() -> None:
         "message": "A training process was ended by signal 9.",
         "pod": "job-worker-1",
         "node": "node-1",
+        "class": "Unknown",
         "exitCode": 137,
         "signal": 9,
+        "evidence": "signal 9",
+        "action": "GangRestart",
         "time": stamp(world.now),
     }
 
@@ -173,7 +176,7 @@ def test_a_job_fails_when_its_restarts_are_used_up_and_says_what_failed_last() -
 
 
 def test_restarts_outside_the_window_do_not_count() -> None:
-    world = World(recovery={"maxRestarts": 1, "windowSeconds": 600})
+    world = World(recovery={"maxRestarts": 1, "windowSeconds": 600, "maxAttemptsWithoutProgress": 100})
     for _ in range(5):
         world.start()
         world.end(0, 1)
@@ -208,7 +211,7 @@ def test_the_history_of_attempts_is_bounded_and_the_count_of_restarts_is_not() -
 
 
 def test_a_gang_that_fails_again_and_again_without_a_step_waits_longer_each_time() -> None:
-    world = World(recovery={"maxRestarts": 100})
+    world = World(recovery={"maxRestarts": 100, "maxAttemptsWithoutProgress": 100})
     waits = []
     for _ in range(8):
         world.start()

@@ -12,14 +12,21 @@ from datetime import timedelta
 import hypothesis.strategies as st
 from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
-from operator_world import SETTINGS, World, make_report, message
+from operator_world import SETTINGS, START, World, make_report, message
 
 from internlm_operator import failures, objects
+from internlm_operator.api import ExcludedNode, Goodput
+from internlm_operator.goodput import KINDS, total
+from internlm_operator.nodes import GONE, NodeHealth
 from internlm_operator.plan import Observed
 from internlm_operator.reconcile import reconcile
-from internlm_operator.times import parse_time
+from internlm_operator.recovery import CLUSTERS
+from internlm_operator.times import parse_time, stamp
 
-REASONS = ("Error", "UserError", "Diverged", "Stopped")
+REASONS = ("Error", "UserError", "DataError", "Diverged", "Stopped", "StorageUnreachable", "OutOfMemory")
+WORDS = ("why", "Xid 79: GPU has fallen off the bus", "Connection closed by peer", "No space left on device")
+HEALTHS = (NodeHealth(), NodeHealth(ready=False), NodeHealth(fault="taint bad"), GONE)
+DISRUPTIONS = ("EvictionByEvictionAPI", "PreemptionByScheduler", "DeletionByTaintManager")
 TERMINAL = ("Succeeded", "Failed")
 
 
@@ -29,19 +36,30 @@ class JobLife(RuleBasedStateMachine):
     @initialize(
         nodes=st.integers(1, 4),
         max_restarts=st.integers(0, 5),
+        max_attempts=st.integers(1, 5),
         window=st.sampled_from([60, 3600, 86400]),
         ttl=st.sampled_from([None, 0, 300]),
         suspend=st.booleans(),
     )
-    def create(self, nodes: int, max_restarts: int, window: int, ttl: int | None, suspend: bool) -> None:
+    def create(
+        self, nodes: int, max_restarts: int, max_attempts: int, window: int, ttl: int | None, suspend: bool
+    ) -> None:
         extra = {} if ttl is None else {"ttlSecondsAfterFinished": ttl}
-        recovery = {"maxRestarts": max_restarts, "windowSeconds": window}
+        recovery = {
+            "maxRestarts": max_restarts,
+            "maxAttemptsWithoutProgress": max_attempts,
+            "windowSeconds": window,
+        }
         self.world = World(nodes=nodes, recovery=recovery, suspend=suspend, **extra)
         self.cached: tuple[dict[str, object], Observed] = (copy.deepcopy(self.world.job), Observed(SETTINGS))
         self.terminal: list[object] | None = None
         self.restarts = 0
         self.checkpoint = 0
+        self.furthest = 0
         self.restarted_at: list[float] = []
+        self.own_failures = 0
+        self.person_looked = False
+        self.ledger = Goodput()
 
     # The operator
 
@@ -81,11 +99,16 @@ class JobLife(RuleBasedStateMachine):
             if not failures.is_over(pod):
                 self.world.run(failures.index_of(pod))
 
-    @rule(choice=st.integers(0, 9), reason=st.sampled_from(REASONS), step=st.integers(0, 400))
-    def a_worker_fails(self, choice: int, reason: str, step: int) -> None:
+    @rule(
+        choice=st.integers(0, 9),
+        reason=st.sampled_from(REASONS),
+        text=st.sampled_from(WORDS),
+        step=st.integers(0, 400),
+    )
+    def a_worker_fails(self, choice: int, reason: str, text: str, step: int) -> None:
         name = self._pick(choice)
         if name and failures.is_running(self.world.pods[name]):
-            self.world.end(failures.index_of(self.world.pods[name]), 1, message(reason, "why", step))
+            self.world.end(failures.index_of(self.world.pods[name]), 1, message(reason, text, step))
 
     @rule(choice=st.integers(0, 9), code=st.sampled_from([1, 134, 137, 139]))
     def a_worker_crashes(self, choice: int, code: int) -> None:
@@ -106,25 +129,67 @@ class JobLife(RuleBasedStateMachine):
             self.world.pods.pop(name)
 
     @rule(choice=st.integers(0, 9))
-    def a_pod_is_evicted(self, choice: int) -> None:
+    def a_pod_is_deleted(self, choice: int) -> None:
         name = self._pick(choice)
         if name:
             self.world.delete(name)
+
+    @rule(choice=st.integers(0, 9), reason=st.sampled_from(DISRUPTIONS))
+    def a_pod_is_taken_away(self, choice: int, reason: str) -> None:
+        name = self._pick(choice)
+        if name:
+            condition = {"type": "DisruptionTarget", "status": "True", "reason": reason, "message": "why"}
+            self.world.pods[name]["status"]["conditions"] = [condition]
+            self.world.delete(name)
+
+    @rule(choice=st.integers(0, 3), health=st.sampled_from(HEALTHS))
+    def a_node_changes(self, choice: int, health: NodeHealth) -> None:
+        self.world.nodes[f"node-{choice}"] = health
+
+    @rule(choice=st.integers(0, 9))
+    def a_device_fails(self, choice: int) -> None:
+        name = self._pick(choice)
+        for container in self.world.pods[name]["status"].get("containerStatuses", []) if name else []:
+            device = {"resourceID": "GPU-0", "health": "Unhealthy"}
+            container["allocatedResourcesStatus"] = [{"name": "nvidia.com/gpu", "resources": [device]}]
+
+    @rule(choice=st.integers(0, 9))
+    def no_node_is_free(self, choice: int) -> None:
+        name = self._pick(choice)
+        if name and "nodeName" not in self.world.pods[name]["spec"]:
+            blocked = {"type": "PodScheduled", "status": "False", "reason": "Unschedulable"}
+            self.world.pods[name]["status"]["conditions"] = [blocked]
+
+    @rule(choice=st.integers(0, 3), seconds=st.sampled_from([10, 3600]))
+    def another_job_blames_a_node(self, choice: int, seconds: int) -> None:
+        now = self.world.now
+        entry = {"node": f"node-{choice}", "class": "Hardware", "since": stamp(now)}
+        entry["until"] = stamp(now + timedelta(seconds=seconds))
+        self.world.excluded = [ExcludedNode.model_validate(entry)]
 
     @rule()
     def the_kubelets_end_what_is_deleted(self) -> None:
         self.world.reap()
 
-    @rule(seconds=st.sampled_from([1, 3, 20, 100, 4000]))
+    @rule(seconds=st.sampled_from([1, 3, 20, 100, 4000, -30]))
     def time_passes(self, seconds: int) -> None:
         self.world.wait(seconds)
 
-    @rule(attempt=st.integers(1, 4), step=st.integers(0, 400), checkpoint=st.none() | st.integers(0, 400))
-    def a_report_comes(self, attempt: int, step: int, checkpoint: int | None) -> None:
+    @rule(
+        attempt=st.integers(1, 4),
+        start=st.integers(0, 100),
+        step=st.integers(0, 400),
+        checkpoint=st.none() | st.integers(0, 400),
+        seconds=st.integers(0, 1000),
+    )
+    def a_report_comes(
+        self, attempt: int, start: int, step: int, checkpoint: int | None, seconds: int
+    ) -> None:
         found = None
         if checkpoint is not None:
             found = {"step": checkpoint, "uri": "s3://b/c", "time": "2026-01-01T00:00:00Z"}
-        self.world.tell(make_report(attempt, step, checkpoint=found))
+        times = {"loadSeconds": seconds, "checkpointStallSeconds": seconds // 2}
+        self.world.tell(make_report(attempt, step, startStep=start, checkpoint=found, **times))
 
     # The user
 
@@ -133,6 +198,7 @@ class JobLife(RuleBasedStateMachine):
     def the_user_edits(self, suspend: bool, nodes: int | None) -> None:
         # The CRD's rules let the gang's size change only while the job is suspended.
         frozen = not self.world.job["spec"]["suspend"]
+        self.person_looked |= not frozen
         self.world.edit(suspend=suspend, **({} if nodes is None or frozen else {"nodes": nodes}))
 
     @rule()
@@ -153,16 +219,58 @@ class JobLife(RuleBasedStateMachine):
             self.terminal = verdict
 
     @invariant()
-    def restarts_stay_within_their_limit(self) -> None:
+    def restarts_without_progress_stay_within_their_limits(self) -> None:
         status, recovery = self.world.status, self.world.job["spec"]["recovery"]
         restarts = status.get("restarts", 0)
         assert restarts in (self.restarts, self.restarts + 1), "a restart was lost or counted twice"
-        if restarts > self.restarts:
-            self.restarted_at.append(self.world.now.timestamp())
+        furthest = max([status.get("checkpoint", {}).get("step", 0), *self._starts()])
+        last = status.get("lastFailure") or {}
+        if furthest > self.furthest or self.person_looked:
+            self.restarted_at, self.own_failures, self.person_looked = [], 0, False
+        self.furthest = max(furthest, self.furthest)
+        if restarts > self.restarts and last["class"] != "Preemption":
+            ended = next(a for a in status["attempts"] if a["number"] == last["attempt"])
+            if ended.get("checkpointStep") is None:
+                self.restarted_at.append(self.world.now.timestamp())
+                self.own_failures += last["class"] not in CLUSTERS
         self.restarts = restarts
         # Restarts that share a bucket expire together, up to a 64th of the window early.
         since = self.world.now.timestamp() - recovery["windowSeconds"] * 63 / 64
         assert sum(at > since for at in self.restarted_at) <= recovery["maxRestarts"]
+        assert self.own_failures < recovery["maxAttemptsWithoutProgress"]
+        assert self.own_failures >= status.get("attemptsWithoutProgress", 0)
+
+    def _starts(self) -> list[int]:
+        return [a.get("startStep") or 0 for a in self.world.status.get("attempts") or []]
+
+    @invariant()
+    def the_ledger_adds_up_to_the_time_and_takes_nothing_back(self) -> None:
+        status = self.world.status
+        if not status:
+            return
+        ledger = Goodput.model_validate(status["goodput"])
+        as_of = parse_time(ledger.as_of)
+        assert as_of is not None
+        assert total(ledger) == (as_of - START).total_seconds()
+        assert all(getattr(ledger, kind) >= getattr(self.ledger, kind) for kind in KINDS)
+        self.ledger = ledger
+
+    @invariant()
+    def the_last_failure_is_explained_and_its_node_is_left_out_for_a_while_only(self) -> None:
+        status = self.world.status
+        failure = status.get("lastFailure")
+        if failure is not None:
+            assert failure["class"]
+            assert failure["evidence"]
+            assert (failure["action"] == "Fail") <= (self.world.phase == "Failed")
+            assert failure.get("lostSteps", 0) >= 0
+            if failure["action"] == "GangRestartAvoidingNode":
+                assert (
+                    failure["node"] in [e["node"] for e in status["excludedNodes"]]
+                    or len(status["attempts"]) > 1
+                )
+        for attempt in status.get("attempts") or []:
+            assert len(attempt.get("excludedNodes") or []) <= 1, "the cap of a few nodes is one"
 
     @invariant()
     def the_checkpoint_never_goes_back(self) -> None:
