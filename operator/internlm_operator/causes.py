@@ -69,7 +69,8 @@ _MEMORY = re.compile(
     re.IGNORECASE,
 )
 _INFRASTRUCTURE = re.compile(
-    r"No space left on device|Read-only file system|Stale file handle|Input/output error|Too many open files",
+    r"could not be saved|No space left on device|Read-only file system|Stale file handle|Input/output error"
+    r"|Too many open files",
     re.IGNORECASE,
 )
 _NETWORK = re.compile(
@@ -101,7 +102,8 @@ def cause_of(failure: Failure, node: NodeHealth | None = None) -> Cause:
     """The class of `failure`; `node` is the health of its node, None where it is not known."""
     case = _Case(failure, node or NodeHealth())
     found = next((cause for rule in _RULES if (cause := rule(case)) is not None), None)
-    return found or Cause("Unknown", _exit_words(failure))
+    found = found or Cause("Unknown", _exit_words(failure))
+    return Cause(found.class_, "; ".join(filter(None, (failure.evidence, found.evidence))))
 
 
 def _by_reason(case: _Case) -> Cause | None:

@@ -52,7 +52,8 @@ _PEER_LOST = re.compile(
 )
 # torchrun's summary of the process that failed first.
 _TORCHRUN_EXIT = re.compile(r"exitcode\s*:\s*(-?\d+)")
-_TORCHRUN_RANK = re.compile(r"^\s*rank\s*:\s*(\d+)", re.MULTILINE)
+_TORCHRUN_RANK = re.compile(r"^\s*rank\s*:\s*(\d{1,9})\b", re.MULTILINE)
+_TRAINERS_RANK = re.compile(r"rank (\d{1,9}): ")
 _EXCEPTION_LINE = re.compile(r"^(?:[\w.]+\.)?\w*(?:Error|Exception|Interrupt|Exit)\b.*$", re.MULTILINE)
 _REASON = re.compile(r"^[A-Za-z]([A-Za-z0-9_,:]*[A-Za-z0-9_])?$")
 
@@ -65,6 +66,7 @@ class Termination:
     message: str
     step: int | None
     rank: int | None = None
+    evidence: str = ""
 
 
 @dataclass(frozen=True)
@@ -80,6 +82,8 @@ class Failure:
     signal: int | None = None
     time: datetime | None = None
     rank: int | None = None
+    evidence: str = ""
+    """What the trainer knows besides, such as where a hung rank was."""
     device: str = ""
     """The pod's devices that Kubernetes calls unhealthy, in words."""
 
@@ -136,8 +140,11 @@ def termination(pod: Pod) -> Termination | None:
         return None
     if not isinstance(content, dict) or not isinstance(content.get("reason"), str):
         return None
-    step, rank = _count(content.get("step")), _count(content.get("rank"))
-    return Termination(_reason(content["reason"]), _shorten(content.get("message")), step, rank)
+    message = _shorten(content.get("message"))
+    named = _TRAINERS_RANK.match(message)
+    rank = _count(int(named[1])) if named else _count(content.get("rank"))
+    evidence = _shorten(content.get("evidence"))
+    return Termination(_reason(content["reason"]), message, _count(content.get("step")), rank, evidence)
 
 
 def _count(value: object) -> int | None:
@@ -265,7 +272,7 @@ def _failure(
     signal: int | None = None,
     time: datetime | None = None,
 ) -> Failure:
-    metadata = pod["metadata"]
+    metadata, word = pod["metadata"], termination(pod)
     if time is None and is_terminating(pod):
         # The timestamp is when the grace ends; the deletion was asked for that much earlier.
         ends = parse_time(metadata["deletionTimestamp"])
@@ -280,19 +287,19 @@ def _failure(
         exit_code if isinstance(exit_code, int) else None,
         signal,
         time,
-        _rank(pod),
+        _rank(pod, word),
+        word.evidence if word is not None else "",
         unhealthy_devices(pod),
     )
 
 
-def _rank(pod: Pod) -> int | None:
+def _rank(pod: Pod, word: Termination | None) -> int | None:
     """The rank that failed first in this pod, as the trainer or else torchrun says."""
-    word = termination(pod)
     if word is not None:
         return word.rank
     text = (trainer_state(pod).get("terminated") or {}).get("message") or ""
     found = _TORCHRUN_RANK.search(text)
-    return _count(int(found[1])) if found and len(found[1]) < 9 else None
+    return int(found[1]) if found else None
 
 
 def _last_words(text: str) -> str:

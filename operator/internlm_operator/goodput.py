@@ -16,6 +16,8 @@ from internlm_operator.api import Attempt, Goodput, JobStatus
 from internlm_operator.times import parse_time, stamp
 
 KINDS = tuple(name for name in Goodput.model_fields if name.endswith("_seconds"))
+# What a pod's agent says of processes that do not go on.
+HUNG = "Hung"
 _RESTARTING = ("OldWorkersTerminating", "WaitingToRestart")
 _SCHEDULING = ("WorkersPending", "Unschedulable")
 
@@ -56,6 +58,8 @@ def _spend(
     seconds -= stalled + loaded
     _add(ledger, "checkpoint_stall_seconds", stalled)
     _add(ledger, "load_seconds", loaded)
+    if after.reason == HUNG:  # there were no steps, and so no write, since it hung
+        kind = "hung_seconds"
     if kind == "productive_seconds":
         redone = round(seconds * _share_redone(attempt, after, ledger.furthest_step))
         _add(ledger, "redone_seconds", redone)

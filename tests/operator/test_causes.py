@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
@@ -164,9 +165,17 @@ def test_the_evidence_is_a_fact_that_somebody_can_look_up(
         ('{"reason": "Error", "message": "x", "rank": true}', None),
         (TORCHRUN.format(1), 13),
         ("rank 3 said something", None),
+        (message("Error", "rank 3: ZeroDivisionError: x"), 3),
     ],
 )
 def test_the_rank_is_the_trainers_word_or_torchruns(text: str, rank: int | None) -> None:
     failure = failure_of(pod(1, text))
     assert failure is not None
     assert failure.rank == rank
+
+
+def test_what_the_trainer_knows_of_a_hung_rank_comes_first_in_the_evidence() -> None:
+    told = {"reason": "Hung", "message": "rank 3 hangs", "rank": 3, "evidence": "in all_reduce, model.py:7"}
+    failure = failure_of(pod(1, json.dumps(told)))
+    assert failure is not None
+    assert (failure.rank, cause_of(failure).evidence) == (3, "in all_reduce, model.py:7; exit code 1")

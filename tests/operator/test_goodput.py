@@ -133,3 +133,14 @@ def test_time_alone_is_no_reason_to_write() -> None:
     world.start()
     world.wait(3600)
     assert world.plan().status is None
+
+
+def test_the_time_from_the_last_step_to_the_end_of_a_hang_was_hung() -> None:
+    world = World()
+    world.start()
+    world.tell(make_report(step=100))
+    world.settle()
+    world.wait(300)
+    world.end(0, 1, message("Hung", "rank 0 did not go on"))
+    world.settle()
+    assert spent(world) == {"hung": 300}

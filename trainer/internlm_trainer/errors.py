@@ -11,6 +11,13 @@ class UserError(ValueError):
     """
 
 
+class DataError(UserError):
+    """A sample that is not what it should be: damaged in its file, or on its way from there.
+
+    On a cluster the job tries it again, a few times.
+    """
+
+
 class StepFailed(RuntimeError):  # noqa: N818
     """Training cannot go on from here."""
 

@@ -102,9 +102,9 @@ def exit_code(code: int, reason: str | None, *, asked: bool) -> int:
     """
     if asked and reason == "Completed":
         return 0
-    if reason == "UserError":
+    if reason in ("UserError", "DataError"):
         return EXIT_USER_ERROR
-    if asked and reason not in ("Error", "Diverged"):
+    if asked and reason not in ("Error", "Diverged", "StorageUnreachable"):
         return EXIT_INTERRUPTED
     return code
 

@@ -59,6 +59,7 @@ class Processes:
         control = dist.new_group(backend="gloo", timeout=SETUP_TIMEOUT)
         assert isinstance(control, dist.ProcessGroup)
         self._control = control
+        self.formed_at = time.monotonic()
         here = (os.environ.get("GROUP_RANK"), os.getpid())
         self._siblings = [pid for node, pid in self.gather(here) if node == here[0] and pid != here[1]]
         for number in (signal.SIGTERM, signal.SIGINT):

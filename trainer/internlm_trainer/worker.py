@@ -17,7 +17,7 @@ from internlm_operator.api import JobSpec
 from internlm_operator.manifest import Job, JobError, load_manifests, parse_job, parse_spec
 from internlm_trainer import machine
 from internlm_trainer.checkpoint import StorageUnavailable
-from internlm_trainer.errors import EXIT_USER_ERROR, Diverged, StepFailed, UserError
+from internlm_trainer.errors import EXIT_USER_ERROR, DataError, Diverged, StepFailed, UserError
 from internlm_trainer.plan.choose import out_of_memory_advice
 from internlm_trainer.processes import Processes, SiblingDied, Stopped
 from internlm_trainer.storage import StorageUnreachableError
@@ -77,7 +77,9 @@ def _train(rank: int) -> int:
             return _end("Diverged" if isinstance(error, Diverged) else "Error", str(error), 1)
         world.close()
     except (StorageUnreachableError, StorageUnavailable) as error:
-        return _end("Error", str(error), 1)
+        return _end("StorageUnreachable", str(error), 1)
+    except DataError as error:
+        return _end("DataError", str(error), EXIT_USER_ERROR)
     except (UserError, JobError) as error:
         return _end("UserError", str(error), EXIT_USER_ERROR)
     except Exception as error:

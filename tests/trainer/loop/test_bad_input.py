@@ -133,7 +133,7 @@ def test_wrong_credentials_are_told_from_a_wrong_path(tiny: Make, minio: Minio) 
 
 def test_a_store_that_cannot_be_reached_is_worth_another_try(unreachable: tuple[Running, str]) -> None:
     run, endpoint = unreachable
-    check_refused(run, f"cannot be reached at {endpoint}", "Error")
+    check_refused(run, f"cannot be reached at {endpoint}", "StorageUnreachable")
 
 
 def test_all_processes_end_with_the_sentence_that_one_of_them_prints(tiny: Make, tmp_path: Path) -> None:

@@ -106,6 +106,8 @@ def test_help_lists_the_commands() -> None:
         (1, "Error", True, 1),  # the save that Ctrl-C asked for failed
         (1, "UserError", False, 65),
         (1, "UserError", True, 65),
+        (1, "DataError", False, 65),
+        (1, "StorageUnreachable", True, 1),
         (1, "Error", False, 1),
         (1, None, False, 1),
         (1, "Stopped", False, 1),  # somebody else stopped the processes

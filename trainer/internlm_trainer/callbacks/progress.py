@@ -34,7 +34,7 @@ class Progress(Callback):
 
     def start(self) -> None:
         self._since = self._now()
-        self.trainer.telemetry.begin()
+        self.trainer.telemetry.begin(time.monotonic() - self.trainer.world.formed_at)
 
     def after_step(self, result: StepResult) -> None:
         trainer = self.trainer

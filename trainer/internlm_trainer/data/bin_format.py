@@ -24,7 +24,7 @@ from internlm_trainer.config import CacheSpec
 from internlm_trainer.data.block_cache import BlockCache
 from internlm_trainer.data.byte_ranges import ByteRanges, LocalRanges, RemoteFile, RemoteRanges
 from internlm_trainer.data.mapped import MappedArrays
-from internlm_trainer.errors import UserError
+from internlm_trainer.errors import DataError, UserError
 from internlm_trainer.storage import is_local, join, open_fs, stamp_of, user_errors, write_whole
 
 Ids = NDArray[np.int64]
@@ -146,20 +146,20 @@ class BinFile:
     def parse(self, sample: int, line: bytes, vocab_size: int) -> Ids:
         """The ids of the sample's line.
 
-        Raises UserError, with file and line, if they are not what the meta says or not in the vocabulary.
+        Raises DataError, with file and line, if they are not what the meta says or not in the vocabulary.
         """
         place = f"{self.url}, line {sample + 1}"
         try:
             ids = decode_sample(line)
         except ValueError as error:
-            raise UserError(f"{place}: not a tokenized sample ({error}); tokenize this file again") from error
+            raise DataError(f"{place}: not a tokenized sample ({error}); tokenize this file again") from error
         if len(ids) != self.lengths[sample]:
-            raise UserError(
+            raise DataError(
                 f"{place}: {len(ids)} tokens, but {self.url}.meta says {self.lengths[sample]}; the two "
                 "do not belong together: tokenize this file again"
             )
         if (largest := _largest(ids)) >= vocab_size:
-            raise UserError(
+            raise DataError(
                 f"{place}: token {largest}, but the model's vocabulary (spec.model.vocabSize) has "
                 f"{vocab_size} words; use the tokenizer that this data was made with"
             )

@@ -71,6 +71,7 @@ class Telemetry:
             "step": start_step,
             "totalSteps": total_steps,
             "skippedSteps": 0,
+            "checkpointStallSeconds": 0.0,
         }
         self._reporter, self._sinks = reporter, sinks
         self._live: Progress | None = None
@@ -87,8 +88,9 @@ class Telemetry:
             self._task = self._live.add_task("", total=total_steps, completed=start_step, state="")
             self._live.start()
 
-    def begin(self) -> None:
-        """The first step starts now."""
+    def begin(self, load_seconds: float) -> None:
+        """The first step starts now, so long after all processes found each other."""
+        self._report["loadSeconds"] = round(load_seconds, 1)
         self._send()
 
     def step(self, step: int) -> None:
@@ -152,6 +154,7 @@ class Telemetry:
             "digest": committed.digest,
         }
         self._report["failedSaves"] = 0
+        self._report["checkpointStallSeconds"] += stall or 0.0
         self._report["step"] = max(self._report["step"], committed.step)
         self._send()
         if seconds is not None and stall is not None:
@@ -204,7 +207,7 @@ class Telemetry:
 class Silence:
     """The telemetry of the ranks that say nothing."""
 
-    def begin(self) -> None: ...
+    def begin(self, load_seconds: float) -> None: ...
     def step(self, step: int) -> None: ...
     def measured(self, values: Values) -> None: ...
     def skipped(self, total: int, last: int) -> None: ...

@@ -11,8 +11,8 @@ MAX_BYTES = 4096
 
 
 def leave_message(reason: str, message: str, step: int | None = None) -> bool:
-    """Write the reason (`Completed`, `Stopped`, `UserError`, `Diverged`, `OutOfMemory`, `Error`) unless another
-    process was first.
+    """Write the reason (`Completed`, `Stopped`, `UserError`, `DataError`, `Diverged`, `OutOfMemory`,
+    `StorageUnreachable`, `Error`) unless another process was first.
 
     The first failure of a pod is the cause; what follows in its other processes are consequences.  Returns
     whether this process was the first, so that it is the one to tell; without a file, every process is.
