@@ -49,6 +49,7 @@ class Process:
             "--trainer-image=trainer:1",
             f"--service-namespace={NAMESPACE}",
         ]
+        command += ["--node-condition=GPUMissing=True"]
         command += [f"--channel-port={self.port}", f"--liveness={self.health}"]
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
@@ -128,6 +129,15 @@ class Here:
         selector = f"{objects.JOB_LABEL}={name}"
         found = self.core.list_namespaced_pod(NAMESPACE, label_selector=selector).items
         return {pod.metadata.name: pod for pod in found}
+
+    def kept_off(self, name: str) -> list[str]:
+        """Nodes that the job's worker 0 may not use."""
+        spec = self.core.read_namespaced_pod(f"{name}-worker-0", NAMESPACE).spec
+        if spec.affinity is None:
+            return []
+        required = spec.affinity.node_affinity.required_during_scheduling_ignored_during_execution
+        fields = required.node_selector_terms[0].match_fields
+        return [node for field in fields for node in field.values]
 
     def wait_gang(self, name: str, attempt: int, nodes: int = 2) -> list[str]:
         def formed() -> bool:

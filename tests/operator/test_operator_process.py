@@ -6,6 +6,7 @@ alone; the garbage collector, admission, tokens and access rules are the real on
 
 from __future__ import annotations
 
+import itertools
 import json
 import time
 from collections.abc import Iterator
@@ -254,6 +255,45 @@ def test_a_quota_that_is_used_up_is_shown_and_the_job_starts_when_there_is_room(
     here.core.delete_namespaced_resource_quota("none", NAMESPACE)
     here.wait_gang("quota", 1)
     here.delete("quota")
+
+
+def test_a_gang_is_made_away_from_failed_hardware_and_so_is_another_jobs(here: Here) -> None:
+    first = here.start("away", recovery={"podDisruptionBudget": True})[0]
+    assert here.kept_off("away") == []
+    here.end(first, 1, message("Error", "rank 0: Xid 79: GPU has fallen off the bus"))
+    here.wait_reaped("away", 1)
+    here.wait_gang("away", 2)
+    assert here.kept_off("away") == ["fake"]
+    failure = here.status("away")["lastFailure"]
+    assert (failure["class"], failure["action"]) == ("Hardware", "GangRestartAvoidingNode")
+    assert (failure["rank"], failure["node"]) == (0, "fake")
+    assert "fake gets no worker until" in here.events("away")["NodeExcluded"]
+
+    here.create("beside", nodes=1)
+    here.wait_gang("beside", 1, 1)
+    assert here.kept_off("beside") == ["fake"]
+    budgets = client.PolicyV1Api(here.core.api_client).list_namespaced_pod_disruption_budget(NAMESPACE).items
+    assert [(b.metadata.name, b.spec.min_available) for b in budgets] == [("away", 2)]
+    here.delete("away")
+    here.delete("beside")
+
+
+def test_a_node_whose_condition_tells_of_failed_hardware_gets_no_worker(here: Here) -> None:
+    here.core.create_node({"metadata": {"name": "sick"}})
+    condition = {"type": "GPUMissing", "status": "True", "reason": "Test", "message": "7 of 8"}
+    here.core.patch_node_status("sick", {"status": {"conditions": [condition]}})
+    names = (f"sick-{number}" for number in itertools.count())
+
+    def avoided() -> bool:  # by the next job, once the operator has heard of the node
+        name = next(names)
+        here.create(name, nodes=1)
+        here.wait_gang(name, 1, 1)
+        found = here.kept_off(name)
+        here.delete(name)
+        return "sick" in found
+
+    wait_until(avoided, "jobs to keep off the node", TIMEOUT)
+    here.core.delete_node("sick")
 
 
 def test_the_channel_believes_only_a_pod_of_this_job_with_a_token_for_this_job(here: Here) -> None:
