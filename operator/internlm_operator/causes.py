@@ -51,6 +51,7 @@ _CLUSTERS = frozenset(
         "ImagePullBackOff",
         "ErrImagePull",
         "DeletionByPodGC",
+        "StartupDeadlineExceeded",
         "Shutdown",
     }
 )

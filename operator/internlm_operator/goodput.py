@@ -16,10 +16,16 @@ from internlm_operator.api import Attempt, Goodput, JobStatus
 from internlm_operator.times import parse_time, stamp
 
 KINDS = tuple(name for name in Goodput.model_fields if name.endswith("_seconds"))
+_RUNNING = ("rendezvous_seconds", "productive_seconds", "hung_seconds")
 # What a pod's agent says of processes that do not go on.
 HUNG = "Hung"
 _RESTARTING = ("OldWorkersTerminating", "WaitingToRestart")
 _SCHEDULING = ("WorkersPending", "Unschedulable")
+# Why there are no pods, or none that may look for a node.
+_QUEUED = (
+    *("PodsRefused", "QuotaExceeded", "NameTaken", "NamespaceTerminating", "PodSecurityViolated"),
+    *("SchedulingGated", "InvalidSpec"),
+)
 
 
 def total(ledger: Goodput) -> int:
@@ -36,10 +42,11 @@ def advance(old: JobStatus, new: JobStatus, created: datetime, now: datetime) ->
         ledger, since = Goodput(furthest_step=ledger.furthest_step), created
     attempt = old.attempts[-1] if old.attempts else None
     after = next((a for a in new.attempts if attempt is not None and a.number == attempt.number), None)
+    stalled = _stalled(new)
     if not old.completion_time:
         # Another replica's clock may be ahead; time does not run backwards.
         until = max(since, now.replace(microsecond=0))
-        _spend(ledger, old, attempt, after, int((until - since).total_seconds()))
+        _spend(ledger, _kind(old), attempt, after, int((until - since).total_seconds()), stalled)
         ledger.as_of = stamp(until)
     if after is not None:
         ledger.furthest_step = max(ledger.furthest_step, after.end_step or 0)
@@ -47,19 +54,21 @@ def advance(old: JobStatus, new: JobStatus, created: datetime, now: datetime) ->
 
 
 def _spend(
-    ledger: Goodput, status: JobStatus, attempt: Attempt | None, after: Attempt | None, seconds: int
+    ledger: Goodput, kind: str, attempt: Attempt | None, after: Attempt | None, seconds: int, stalled: bool
 ) -> None:
-    kind = _kind(status)
-    if attempt is None or after is None or kind not in ("rendezvous_seconds", "productive_seconds"):
+    if attempt is None or after is None or kind not in _RUNNING:
         _add(ledger, kind, seconds)
         return
-    stalled = max(0, min(seconds, after.checkpoint_stall_seconds - attempt.checkpoint_stall_seconds))
-    loaded = max(0, min(seconds - stalled, after.load_seconds - attempt.load_seconds))
-    seconds -= stalled + loaded
-    _add(ledger, "checkpoint_stall_seconds", stalled)
+    if kind != "rendezvous_seconds":
+        advanced = (after.end_step or 0) > (attempt.end_step or 0)
+        # There were no steps, and so no write, since it hung.
+        hung = kind == "hung_seconds" or after.reason == HUNG or stalled
+        kind = "hung_seconds" if hung and not advanced else "productive_seconds"
+    saving = max(0, min(seconds, after.checkpoint_stall_seconds - attempt.checkpoint_stall_seconds))
+    loaded = max(0, min(seconds - saving, after.load_seconds - attempt.load_seconds))
+    seconds -= saving + loaded
+    _add(ledger, "checkpoint_stall_seconds", saving)
     _add(ledger, "load_seconds", loaded)
-    if after.reason == HUNG:  # there were no steps, and so no write, since it hung
-        kind = "hung_seconds"
     if kind == "productive_seconds":
         redone = round(seconds * _share_redone(attempt, after, ledger.furthest_step))
         _add(ledger, "redone_seconds", redone)
@@ -79,6 +88,10 @@ def _share_redone(before: Attempt, after: Attempt, furthest: int) -> float:
     return max(0, min(end, furthest) - begin) / (end - begin)
 
 
+def _stalled(status: JobStatus) -> bool:
+    return any(c.type == "ProgressStalled" and c.status == "True" for c in status.conditions)
+
+
 def _kind(status: JobStatus) -> str:
     """What the job does while its status is this."""
     if status.phase in ("Suspending", "Suspended"):
@@ -87,12 +100,12 @@ def _kind(status: JobStatus) -> str:
     if attempt is None:
         return "queued_seconds"
     if status.phase == "Running":
-        if any(c.type == "ProgressStalled" and c.status == "True" for c in status.conditions):
+        if _stalled(status):
             return "hung_seconds"
         return "rendezvous_seconds" if attempt.end_step is None else "productive_seconds"
     reason = next((c.reason for c in status.conditions if c.type == "Running"), "")
     if attempt.end_time or reason in _RESTARTING:
         return "restarting_seconds"
-    if reason == "PodsRefused":
+    if reason in _QUEUED:
         return "queued_seconds"
     return "scheduling_seconds" if reason in _SCHEDULING else "image_pull_seconds"

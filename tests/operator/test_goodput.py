@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 from operator_world import START, World, make_report, message
 
-from internlm_operator.api import Goodput
-from internlm_operator.goodput import KINDS, total
+from internlm_operator.api import Goodput, JobStatus
+from internlm_operator.goodput import KINDS, advance, total
+from internlm_operator.times import stamp
 
 
 def ledger(world: World) -> Goodput:
@@ -144,3 +145,29 @@ def test_the_time_from_the_last_step_to_the_end_of_a_hang_was_hung() -> None:
     world.end(0, 1, message("Hung", "rank 0 did not go on"))
     world.settle()
     assert spent(world) == {"hung": 300}
+
+
+def running(step: int, stalled: bool, **goodput: Any) -> JobStatus:
+    stall = {"type": "ProgressStalled", "status": str(stalled), "reason": "x", "lastTransitionTime": "x"}
+    attempt = {"number": 1, "startTime": stamp(START), "endStep": step}
+    return JobStatus.model_validate(
+        {"phase": "Running", "conditions": [stall], "attempts": [attempt], "goodput": goodput}
+    )
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "kind"),
+    [
+        ((10, False), (20, False), "productive"),
+        ((10, False), (10, True), "hung"),
+        ((10, True), (10, True), "hung"),
+        ((10, True), (10, False), "hung"),
+        ((10, True), (20, False), "productive"),  # its reports had been lost
+    ],
+)
+def test_a_job_that_is_stalled_hangs_unless_its_steps_come_after_all(
+    before: tuple[int, bool], after: tuple[int, bool], kind: str
+) -> None:
+    old, new = running(*before, asOf=stamp(START)), running(*after)
+    found = advance(old, new, START, START + timedelta(seconds=50))
+    assert getattr(found, f"{kind}_seconds") == total(found) == 50
