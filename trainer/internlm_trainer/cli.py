@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from internlm_trainer.commands import checkpoint, convert, data, job, plan
+from internlm_trainer.commands import checkpoint, convert, data, job, plan, weights
 
 app = typer.Typer(
     help="Train InternLM-family language models: the same job.yaml runs here and on Kubernetes.",
@@ -12,7 +12,16 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for command in (job.validate, job.run, job.env, plan.plan, data.tokenize, convert.convert_config):
+for command in (
+    job.validate,
+    job.run,
+    job.env,
+    plan.plan,
+    data.tokenize,
+    convert.convert_config,
+    weights.export,
+    weights.models,
+):
     app.command()(command)
 app.add_typer(checkpoint.app, name="checkpoint")
 app.add_typer(data.app, name="data")

@@ -7,8 +7,10 @@ import logging
 import os
 from typing import Any, NamedTuple
 
+from pydantic.alias_generators import to_camel
+
 from internlm_trainer import config
-from internlm_trainer.checkpoint import CheckpointStore, check_store, claim_store
+from internlm_trainer.checkpoint import BadCheckpoint, CheckpointStore, check_store, claim_store
 from internlm_trainer.config import TrainSpec
 from internlm_trainer.data.loader import RowLoader, validation_rows
 from internlm_trainer.data.packing import Row
@@ -17,6 +19,8 @@ from internlm_trainer.data.progress import shown_progress
 from internlm_trainer.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
 from internlm_trainer.errors import UserError
 from internlm_trainer.processes import Processes
+from internlm_trainer.weights.recognise import open_weights
+from internlm_trainer.weights.source import Weights
 
 log = logging.getLogger(__name__)
 
@@ -28,6 +32,8 @@ class Inputs(NamedTuple):
     loader: RowLoader
     held_out: list[Row]
     """This rank's part of the validation rows."""
+    initial: Weights | None
+    """What `model.init` names, for a job that has no checkpoint yet."""
 
 
 def open_store(name: str, spec: TrainSpec) -> CheckpointStore:
@@ -48,6 +54,8 @@ def open_inputs(spec: TrainSpec, store: CheckpointStore, world: Processes, attem
     _check_skipped(spec, config.total_steps(spec, world.size))
     check_store(store, world)
     claim_store(store, world, os.environ.get("INTERNLM_JOB_UID", ""), attempt)
+    fresh = spec.model.init and not store.candidates()
+    initial = world.together(lambda: initial_weights(spec) if fresh else None)
     world.first(lambda: _prepare(spec))
     tokenizer = world.together(lambda: load_tokenizer(spec.data.tokenizer))
     vocab_size = config.model_shape(spec.model).vocab_size
@@ -56,7 +64,7 @@ def open_inputs(spec: TrainSpec, store: CheckpointStore, world: Processes, attem
         lambda: RowLoader(spec.data.train, **row_settings(spec), min_length=spec.data.min_length)
     )
     held_out = world.together(lambda: _validation_rows(spec, world))
-    return Inputs(tokenizer, loader, held_out)
+    return Inputs(tokenizer, loader, held_out, initial)
 
 
 def _check_skipped(spec: TrainSpec, total_steps: int) -> None:
@@ -67,6 +75,29 @@ def _check_skipped(spec: TrainSpec, total_steps: int) -> None:
                 f"data.skipSteps[{index}]: {steps} includes the last step, {total_steps}; end before it, or ask for "
                 "more steps"
             )
+
+
+def initial_weights(spec: TrainSpec) -> Weights:
+    """What `model.init` names.  Only headers are read here, so that what does not fit is found before the data is
+    prepared.  Raises UserError."""
+    assert spec.model.init
+    what, ours = "model.init.from", config.model_shape(spec.model)
+    try:
+        weights = open_weights(spec.model.init.source, what, ours)
+    except BadCheckpoint as error:
+        raise UserError(f"{what}: {error}") from error
+    theirs, mine = weights.shape._asdict(), ours._asdict()
+    different = [
+        f"{to_camel(field)} is {theirs[field]} there and {mine[field]} here"
+        for field in mine
+        if theirs[field] != mine[field]
+    ]
+    if different:
+        raise UserError(
+            f"{what}: {weights.url} holds another model: {', '.join(different)}; describe that one in spec.model, or "
+            "give weights of this one"
+        )
+    return weights
 
 
 def _prepare(spec: TrainSpec) -> None:

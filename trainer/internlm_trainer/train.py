@@ -23,7 +23,7 @@ from internlm_trainer.checkpoint import BadCheckpoint, Checkpoint, CheckpointSto
 from internlm_trainer.config import TrainSpec
 from internlm_trainer.data.packing import IGNORED, Row
 from internlm_trainer.errors import Diverged, UserError
-from internlm_trainer.inputs import open_inputs, open_store
+from internlm_trainer.inputs import initial_weights, open_inputs, open_store
 from internlm_trainer.kernels import attention
 from internlm_trainer.kernels.attention import Documents
 from internlm_trainer.model.internlm import (
@@ -49,6 +49,7 @@ from internlm_trainer.telemetry.progress import Silence, Telemetry
 from internlm_trainer.telemetry.report import Reporter
 from internlm_trainer.telemetry.sinks import Sinks, asked_sinks
 from internlm_trainer.telemetry.stopwatch import Stopwatch
+from internlm_trainer.weights.source import MASTER, Weights, fill
 
 log = logging.getLogger(__name__)
 
@@ -110,7 +111,7 @@ class Trainer:
         self.row_tokens = config.row_tokens(spec)
         self.total_steps = config.total_steps(spec, world.size)
 
-        self.tokenizer, self.loader, self.held_out = open_inputs(spec, store, world, attempt)
+        self.tokenizer, self.loader, self.held_out, initial = open_inputs(spec, store, world, attempt)
 
         if spec.telemetry.memory_history:
             record_memory(world.device)
@@ -148,7 +149,9 @@ class Trainer:
         first_copy = self.zero.layout.coordinates(world.rank)[3] == 0  # replicas hold the same
         self.saver = Saver(store, world, writes=first_copy, max_age=spec.checkpoint.max_age_seconds)
         checkpoint = newest_good(store, world, self._restore)
-        if checkpoint:
+        if spec.model.init and not checkpoint:
+            world.together(lambda: self._start_from(initial or initial_weights(spec)))
+        if spec.model.init or checkpoint:
             self.zero.publish()
         log.info(
             "training %s parameters on %d processes (%s), zero %s, %d tokens a step, attention: %s (%s)",
@@ -251,7 +254,14 @@ class Trainer:
 
     def state_dict(self) -> dict[str, Any]:
         """The loop's own state, as JSON; `_restore` reads it."""
-        return {"tokens": self.tokens, "loader": self.loader.state_dict(), "guard": self.guard.state_dict()}
+        return {
+            "tokens": self.tokens,
+            "loader": self.loader.state_dict(),
+            "guard": self.guard.state_dict(),
+            # For those who export it:
+            "tokenizer": self.spec.data.tokenizer,
+            "seqLen": self.spec.model.seq_len,
+        }
 
     def _restore(self, checkpoint: Checkpoint) -> None:
         """Continue from a checkpoint of this or any other layout.  Where it is bad for one rank, the others do not
@@ -270,6 +280,18 @@ class Trainer:
         self.optimizer.set_step(self.step, self.guard.read().skipped)
         if name := self.optimizer.bad_parameter():
             raise BadCheckpoint(checkpoint.name, f"{name} holds numbers that are infinite or none")
+
+    def _start_from(self, weights: Weights) -> None:
+        """Take the weights that `model.init` names, each rank those of which it holds the master copy."""
+        for piece in self.optimizer.pieces():
+            if piece.kind == MASTER:
+                fill(weights, piece.parameter, piece.span.start, piece.span.stop, piece.values)
+        if name := self.optimizer.bad_parameter():
+            raise UserError(
+                f"model.init.from: {name} in {weights.url} holds numbers that are infinite or none"
+            )
+        if self.world.rank == 0:
+            log.info("starting from the weights in %s", weights.url)
 
     def close(self) -> None:
         """Let go of threads and files."""

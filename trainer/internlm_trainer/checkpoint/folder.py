@@ -56,12 +56,12 @@ class Folder:
     Requests are tried again for `patience` seconds while the store fails.  Reads raise FileNotFoundError for what
     is not there, UserError for what the user must mend (credentials), StorageUnavailable for a store that
     does not come back.  Writes raise WriteFailed; those to a local disk, and those that stream to stores other
-    than S3, are tried once, beyond what the driver does itself.
+    than S3, are tried once, beyond what the driver does itself.  `what`: with what sentences for the user begin.
     """
 
-    def __init__(self, url: str, patience: float = 60.0) -> None:
-        self.url, self.patience = url, patience
-        with user_errors(url, WHAT):
+    def __init__(self, url: str, patience: float = 60.0, what: str = WHAT) -> None:
+        self.url, self.patience, self.what = url, patience, what
+        with user_errors(url, what):
             self.fs, self.root = open_fs(url)
         self.local = isinstance(self.fs, LocalFileSystem)
         protocols = {self.fs.protocol} if isinstance(self.fs.protocol, str) else set(self.fs.protocol)
@@ -127,7 +127,7 @@ class Folder:
             except Exception as error:
                 sentence, kind = explain(error, self.url)
                 if sentence and not issubclass(kind, StorageUnreachableError):
-                    raise UserError(f"{WHAT}: {sentence}") from error
+                    raise UserError(f"{self.what}: {sentence}") from error
                 pause = random.uniform(0.5, 1.0) * min(0.25 * 2**attempt, 10.0)  # noqa: S311 - no secret
                 waited = time.monotonic() - started
                 why = reason(error, self.url)
@@ -315,7 +315,7 @@ class Folder:
         try:
             self._patiently(f"writing to {self.url}", lambda: self._put(name, data=b"may be removed\n"))
         except FileNotFoundError as error:  # a bucket, since a folder would have been made
-            raise UserError(f"{WHAT}: {reason(error, self.url)}") from error
+            raise UserError(f"{self.what}: {reason(error, self.url)}") from error
         return name
 
     def check_writable(self) -> None:

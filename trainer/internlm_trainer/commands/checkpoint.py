@@ -1,28 +1,22 @@
-"""`internlm checkpoint ls|verify|diff|export`: checkpoints in any store, without the job that wrote them."""
+"""`internlm checkpoint ls|verify|diff`: checkpoints in any store, without the job that wrote them."""
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
-from enum import StrEnum
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.filesize import decimal
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from internlm_trainer.commands.common import out, sentences, store_errors
+from internlm_trainer.commands.common import bar, out, print_json, sentences, store_errors
 from internlm_trainer.errors import UserError
 
 if TYPE_CHECKING:
     from internlm_trainer.checkpoint import Checkpoint
 
-app = typer.Typer(help="List, verify, compare and export checkpoints.", no_args_is_help=True)
+app = typer.Typer(help="List, verify and compare checkpoints.", no_args_is_help=True)
 
 EXIT_DIFFERENT = 1  # as diff says it
 
@@ -30,29 +24,6 @@ Uri = Annotated[
     str, typer.Argument(help="A job's checkpoint.path, or PATH/step-N in it.", show_default=False)
 ]
 Json = Annotated[bool, typer.Option("--json", help="One JSON document, for programs.")]
-
-
-class Format(StrEnum):
-    """Of exported weights."""
-
-    safetensors = "safetensors"
-
-
-class Dtype(StrEnum):
-    """Of exported weights."""
-
-    bf16 = "bf16"
-    fp32 = "fp32"
-
-
-@contextmanager
-def _bar(what: str, total: int) -> Iterator[Callable[[int], None]]:
-    """A progress bar on a terminal; nothing elsewhere."""
-    console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bars:
-        task = bars.add_task(what, total=total)
-        yield lambda done: bars.advance(task, done)
 
 
 @app.command("ls")
@@ -68,7 +39,7 @@ def ls(uri: Uri, as_json: Json = False) -> None:
         owner = owner_of(folder)
     rows = [_row(one.step, one.checkpoint, one.problem) for one in found]
     if as_json:
-        _print_json({"checkpoints": rows, "owner": asdict(owner) if owner else None})
+        print_json({"checkpoints": rows, "owner": asdict(owner) if owner else None})
         return
     if not rows:
         raise UserError(f"{uri} holds no checkpoint")
@@ -122,7 +93,7 @@ def verify(uri: Uri, as_json: Json = False) -> None:
         found = [one for one in listing(folder) if only == one.step or (only is None and one.checkpoint)]
         for step, checkpoint, problem in found:
             if checkpoint and not problem:
-                with _bar(f"step {step}", checkpoint.committed.bytes) as advance:
+                with bar(f"step {step}", checkpoint.committed.bytes) as advance:
                     try:
                         checkpoint.verify(advance)
                     except BadCheckpoint as error:
@@ -133,7 +104,7 @@ def verify(uri: Uri, as_json: Json = False) -> None:
     if not results:
         raise UserError(f"{uri} holds no checkpoint")
     if as_json:
-        _print_json({"checkpoints": results})
+        print_json({"checkpoints": results})
     if any(result["problem"] for result in results):
         raise typer.Exit(EXIT_DIFFERENT)
 
@@ -154,10 +125,10 @@ def diff(
     with store_errors():
         one, other = open_one(a), open_one(b)
         total = sum(math.prod(shape) for key, shape in states(one).items() if not kind or key[0] in kind)
-        with _bar("comparing", total) as advance:
+        with bar("comparing", total) as advance:
             found = list(compare(one, other, advance, tuple(kind or ())))
     if as_json:
-        _print_json({"differences": [asdict(difference) for difference in found]})
+        print_json({"differences": [asdict(difference) for difference in found]})
     elif found:
         table = Table("tensor", "kind", "differ", "largest", "relative", box=None, header_style="bold")
         for row in found:
@@ -168,65 +139,3 @@ def diff(
         out.print("no difference")
     if found:
         raise typer.Exit(EXIT_DIFFERENT)
-
-
-@app.command("export")
-@sentences
-def export(
-    uri: Uri,
-    to: Annotated[str, typer.Option("--out", help="Folder (path or URL) for the files.")],
-    step: Annotated[int | None, typer.Option(help="Step; the newest if it is left out.")] = None,
-    dtype: Annotated[
-        Dtype, typer.Option(help="Type of the weights; training keeps them in fp32.")
-    ] = Dtype.bf16,
-    format: Annotated[Format, typer.Option(help="Of the files.")] = Format.safetensors,
-    as_json: Json = False,
-) -> None:
-    """Write a checkpoint's weights as safetensors files, under the trainer's names."""
-    from internlm_trainer.checkpoint.export import export as write
-    from internlm_trainer.checkpoint.export import tensors
-
-    with store_errors():
-        checkpoint, files = _of_newest(
-            uri,
-            step,
-            lambda checkpoint: _exported(
-                checkpoint, lambda bar: write(checkpoint, to, dtype, tensors(checkpoint), bar)
-            ),
-        )
-    if as_json:
-        _print_json({"step": checkpoint.step, "format": format.value, "dtype": dtype.value, "files": files})
-    else:
-        out.print(f"step {checkpoint.step}: {', '.join(files)} in {to}", highlight=False, soft_wrap=True)
-
-
-def _exported(checkpoint: Checkpoint, write: Callable[[Callable[[int], None]], list[str]]) -> list[str]:
-    with _bar(
-        "exporting", sum(math.prod(shape) for shape in checkpoint.manifest.parameters.values())
-    ) as advance:
-        return write(advance)
-
-
-def _of_newest(
-    uri: str, step: int | None, work: Callable[[Checkpoint], list[str]]
-) -> tuple[Checkpoint, list[str]]:
-    """`work` on the step asked for, or on the newest; where a running job removes that meanwhile, on the next."""
-    from internlm_trainer.checkpoint import BadCheckpoint, open_checkpoint
-    from internlm_trainer.checkpoint.tools import locate, newest_step
-
-    folder, named = locate(uri)
-    if step is not None and named is not None and step != named:
-        raise UserError(f"--step {step}: {uri} names another step")
-    asked = named if step is None else step
-    while True:
-        number = newest_step(folder) if asked is None else asked
-        try:
-            checkpoint = open_checkpoint(folder, number)
-            return checkpoint, work(checkpoint)
-        except BadCheckpoint:
-            if asked is not None or newest_step(folder) == number:
-                raise
-
-
-def _print_json(content: object) -> None:
-    typer.echo(json.dumps(content, indent=2))

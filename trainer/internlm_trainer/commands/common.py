@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import wraps
@@ -10,6 +11,7 @@ from typing import Any
 
 import typer
 from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 from internlm_operator.manifest import JobError, load_manifests
 from internlm_trainer.errors import EXIT_USER_ERROR, UserError
@@ -52,3 +54,18 @@ def store_errors() -> Iterator[None]:
     except StorageUnavailable as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(EXIT_STORE) from None
+
+
+@contextmanager
+def bar(what: str, total: int) -> Iterator[Callable[[int], None]]:
+    """A progress bar on a terminal; nothing elsewhere."""
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bars:
+        task = bars.add_task(what, total=total)
+        yield lambda done: bars.advance(task, done)
+
+
+def print_json(content: object) -> None:
+    """One document, for programs."""
+    typer.echo(json.dumps(content, indent=2))

@@ -19,7 +19,7 @@ from internlm_trainer.config.data import (
     skipped_after,
     step_range,
 )
-from internlm_trainer.config.model import ModelShape, ModelSpec, model_shape
+from internlm_trainer.config.model import InitSpec, ModelShape, ModelSpec, model_shape
 from internlm_trainer.config.parallel import ParallelSpec, ZeroSpec
 from internlm_trainer.config.telemetry import METRICS_PORT, TelemetrySpec
 from internlm_trainer.config.training import (
@@ -37,6 +37,7 @@ __all__ = [
     "CacheSpec",
     "CheckpointSpec",
     "DataSpec",
+    "InitSpec",
     "LossScaleSpec",
     "ModelShape",
     "ModelSpec",

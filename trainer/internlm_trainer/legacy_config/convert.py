@@ -116,7 +116,7 @@ def _model(reader: Reader) -> dict[str, Any]:
         "vocabSize": vocab,
     }
     for preset, known in PRESETS.items():
-        if (layers, hidden, heads, ffn, vocab) == known and kv_heads == heads:
+        if (layers, hidden, heads, kv_heads, ffn, vocab) == known[:6]:
             shape = {"preset": preset}
     seq_len = reader.need("data.seq_len", int)
     eps = reader.get("model.layer_norm_epsilon", float, 1e-5)

@@ -1,0 +1,156 @@
+"""`internlm export` and `internlm models`: weights for others, and from others."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from enum import StrEnum
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from internlm_trainer.commands.common import bar, out, print_json, sentences, store_errors
+from internlm_trainer.errors import UserError
+
+if TYPE_CHECKING:
+    from internlm_trainer.data.tokenizer import Tokenizer
+    from internlm_trainer.weights.source import Weights
+
+NONE = "none"
+
+
+class Format(StrEnum):
+    """Of exported weights."""
+
+    hf = "hf"
+    internlm = "internlm"
+
+
+class Dtype(StrEnum):
+    """Of exported weights."""
+
+    bf16 = "bf16"
+    fp16 = "fp16"
+    fp32 = "fp32"
+
+
+@sentences
+def export(
+    source: Annotated[
+        str,
+        typer.Argument(
+            help="A job's checkpoint.path or PATH/step-N in it, or a folder in Hugging Face's or InternLM's format.",
+            show_default=False,
+        ),
+    ],
+    to: Annotated[str, typer.Argument(metavar="OUT", help="New folder (path or URL).", show_default=False)],
+    format: Annotated[
+        Format,
+        typer.Option(
+            help="hf: a LlamaForCausalLM for Transformers, LMDeploy, vLLM. internlm: InternLM's files."
+        ),
+    ] = Format.hf,
+    dtype: Annotated[
+        Dtype, typer.Option(help="Type of the weights; training keeps them in fp32.")
+    ] = Dtype.bf16,
+    tokenizer: Annotated[
+        str | None,
+        typer.Option(
+            help="SentencePiece model for hf, or none. Default: the one the weights were trained with."
+        ),
+    ] = None,
+    context: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Longest sequence, in tokens, for hf. Default: what the source was trained with."
+        ),
+    ] = None,
+    tp: Annotated[int, typer.Option(min=1, help="Tensor-parallel ranks that read it, for internlm.")] = 1,
+    pp: Annotated[int, typer.Option(min=1, help="Pipeline stages that read it, for internlm.")] = 1,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON document, for programs.")] = False,
+) -> None:
+    """Write weights for others: Hugging Face's format, or InternLM's.
+
+    Memory stays below 1 GB, whatever the size of the model. A folder that is interrupted opens nowhere; the same
+    command writes it anew.
+    """
+    from internlm_trainer.weights.export import export_internlm, export_llama, total_bytes
+
+    if format == Format.hf and (tp, pp) != (1, 1):
+        raise UserError(
+            "--tp and --pp are for --format internlm; Hugging Face's files are not split that way"
+        )
+
+    def write(weights: Weights) -> list[str]:
+        with bar("exporting", total_bytes(weights, dtype)) as advance:
+            if format == Format.internlm:
+                return export_internlm(weights, to, dtype, tp, pp, advance)
+            words = _tokenizer(weights, tokenizer)
+            return export_llama(weights, to, dtype, words, _context(weights, context), advance)
+
+    with store_errors():
+        weights, files = _of_newest(source, write)
+    if as_json:
+        print_json({"source": weights.url, "format": format.value, "dtype": dtype.value, "files": files})
+    else:
+        out.print(f"{weights.url}: {', '.join(files)} in {to}", highlight=False, soft_wrap=True)
+
+
+def _tokenizer(weights: Weights, asked: str | None) -> Tokenizer | None:
+    from internlm_trainer.data.tokenizer import check_vocabulary, load_tokenizer
+
+    if asked == NONE:
+        return None
+    url = asked or weights.tokenizer
+    if url is None:
+        raise UserError(
+            f"{weights.url} does not tell its tokenizer; give --tokenizer a SentencePiece model, or none to go without"
+        )
+    field = "--tokenizer"
+    tokenizer = load_tokenizer(url, field)
+    check_vocabulary(tokenizer, weights.shape.vocab_size, url, field)
+    return tokenizer
+
+
+def _context(weights: Weights, asked: int | None) -> int:
+    found = asked or weights.context
+    if found is None:
+        raise UserError(f"{weights.url} does not tell its longest sequence; give --context, such as 2048")
+    return found
+
+
+def _of_newest(source: str, work: Callable[[Weights], list[str]]) -> tuple[Weights, list[str]]:
+    """`work` on the weights asked for; where a running job removes its newest checkpoint meanwhile, on the next."""
+    from internlm_trainer.checkpoint import BadCheckpoint
+    from internlm_trainer.weights.recognise import open_weights
+
+    tried: BadCheckpoint | None = None
+    while True:
+        try:
+            weights = open_weights(source, "SOURCE")
+            return weights, work(weights)
+        except BadCheckpoint as error:
+            if tried and tried.name == error.name:
+                raise
+            tried = error
+
+
+@sentences
+def models() -> None:
+    """List InternLM's releases: what they are, where they are, and the preset that trains them."""
+    from internlm_trainer.weights.zoo import LICENSES, RELEASES, parameter_count
+
+    table = Table("release", "size", "context", "preset", "where", "license", box=None, header_style="bold")
+    for column in table.columns:
+        column.no_wrap = True
+    for one in RELEASES:
+        size = f"{parameter_count(one.preset) / 1e9:.2f} B"
+        table.add_row(one.name, size, f"{one.context:,}", one.preset, one.where, one.license)
+    # A URL cut to the terminal's width would be of no use.
+    Console(width=max(out.width, 110)).print(table)
+    out.print(
+        "All are in Hugging Face's format. model.init.from and internlm export read hf:// with huggingface_hub "
+        f"installed, or any folder or bucket that they were copied to. {LICENSES}",
+        highlight=False,
+    )

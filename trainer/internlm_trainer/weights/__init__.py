@@ -1,0 +1,1 @@
+"""Weights from and to other formats: InternLM's files and Hugging Face's."""

@@ -1,0 +1,149 @@
+"""Files of tensors, written a block at a time, so that no model needs to fit into memory.
+
+safetensors (https://github.com/huggingface/safetensors): 8 bytes with the header's length, a JSON header that says
+where each tensor lies, the tensors.  A `.pt` file as `torch.save` writes it: a zip archive, not compressed, with a
+pickle that refers to each tensor's bytes in a member of its own, aligned to 64 bytes, so that it can be mapped.
+Either library writes whole dictionaries from memory.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import pickle
+import struct
+import zipfile
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import accumulate
+from math import prod
+from typing import IO, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from internlm_trainer.checkpoint.tensors import as_bytes
+from internlm_trainer.errors import UserError
+from internlm_trainer.weights.layout import Stored
+from internlm_trainer.weights.source import Weights, blocks
+
+Progress = Callable[[int], None]
+
+
+class Type(NamedTuple):
+    """A type of exported weights."""
+
+    dtype: torch.dtype
+    safetensors: str
+    storage: type
+    name: str
+
+
+TYPES = {
+    "fp32": Type(torch.float32, "F32", torch.FloatStorage, "float32"),
+    "bf16": Type(torch.bfloat16, "BF16", torch.BFloat16Storage, "bfloat16"),
+    "fp16": Type(torch.float16, "F16", torch.HalfStorage, "float16"),
+}
+
+
+def size(tensors: Sequence[Stored], type: Type) -> int:
+    """Bytes of all of them."""
+    return sum(prod(one.shape) for one in tensors) * type.dtype.itemsize
+
+
+def write_safetensors(
+    file: IO[bytes],
+    weights: Weights,
+    tensors: Sequence[Stored],
+    type: Type,
+    metadata: Mapping[str, str],
+    progress: Progress,
+) -> None:
+    """`progress` hears the bytes of each block.  Raises UserError for numbers that the type does not hold."""
+    ends = list(accumulate((size([one], type) for one in tensors), initial=0))
+    header: dict[str, object] = {"__metadata__": {"format": "pt", **metadata}}
+    for one, start, end in zip(tensors, ends, ends[1:], strict=False):
+        header[one.name] = {"dtype": type.safetensors, "shape": one.shape, "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    file.write(len(text).to_bytes(8, "little") + text)
+    for one in tensors:
+        _write(file, weights, one, type, progress)
+
+
+def write_pt(
+    file: IO[bytes], weights: Weights, tensors: Sequence[Stored], type: Type, progress: Progress
+) -> None:
+    """As `torch.save` of a dictionary; otherwise as `write_safetensors`."""
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
+        _add(archive, "data.pkl", _pickled(tensors, type))
+        _add(archive, "byteorder", b"little")
+        for number, one in enumerate(tensors):
+            with archive.open(_member(archive, f"data/{number}"), "w", force_zip64=True) as member:
+                _write(member, weights, one, type, progress)
+        _add(archive, "version", b"3\n")
+
+
+def _write(file: IO[bytes], weights: Weights, tensor: Stored, type: Type, progress: Progress) -> None:
+    for block in _blocks(weights, tensor):
+        values = block.to(type.dtype)
+        if type.dtype == torch.float16 and not values.isfinite().all():
+            raise UserError(f"--dtype fp16: {tensor.name} has numbers above 65504; take bf16 or fp32")
+        data = as_bytes(values.flatten())
+        file.write(data)
+        progress(len(data))
+
+
+def _blocks(weights: Weights, tensor: Stored) -> Iterator[Tensor]:
+    for part in tensor.slices:
+        for block in blocks(weights, part.parameter, *part.rows):
+            yield block[:, slice(*part.columns)]
+
+
+def _add(archive: zipfile.ZipFile, name: str, data: bytes) -> None:
+    with archive.open(_member(archive, name), "w", force_zip64=True) as member:
+        member.write(data)
+
+
+def _member(archive: zipfile.ZipFile, name: str) -> zipfile.ZipInfo:
+    """A member whose content begins at a multiple of 64 bytes: an extra field of its header fills the gap."""
+    info = zipfile.ZipInfo(f"archive/{name}")
+    fixed, zip64, own = 30, 20, 4  # bytes of a header before the name, and of the extra fields
+    gap = -(archive.start_dir + fixed + len(info.filename) + own + zip64) % 64
+    info.extra = b"FB" + struct.pack("<H", gap) + bytes(gap)
+    return info
+
+
+class _Storage(NamedTuple):
+    key: str
+    elements: int
+
+
+class _Reference(NamedTuple):
+    storage: _Storage
+    shape: tuple[int, ...]
+
+
+def _pickled(tensors: Sequence[Stored], type: Type) -> bytes:
+    """The dictionary as PyTorch pickles it, with references in place of the tensors' bytes."""
+
+    class Pickler(pickle.Pickler):
+        def persistent_id(self, value: Any) -> Any:
+            if isinstance(value, _Storage):
+                return "storage", type.storage, value.key, "cpu", value.elements
+            return None
+
+        def reducer_override(self, value: Any) -> Any:
+            if isinstance(value, _Reference):
+                strides = tuple(prod(value.shape[axis + 1 :]) for axis in range(len(value.shape)))
+                arguments: tuple[Any, ...] = (value.storage, 0, value.shape, strides, False, OrderedDict())
+                return torch._utils._rebuild_tensor_v2, arguments
+            return NotImplemented
+
+    content = {
+        one.name: _Reference(_Storage(str(number), prod(one.shape)), one.shape)
+        for number, one in enumerate(tensors)
+    }
+    buffer = io.BytesIO()
+    Pickler(buffer, protocol=2).dump(content)
+    return buffer.getvalue()

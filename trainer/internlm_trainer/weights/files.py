@@ -1,0 +1,152 @@
+"""Where the tensors lie in files of weights, so that any rows of any of them can be read alone.
+
+Two kinds of files: safetensors, whose header says it, and what `torch.save` writes, a zip archive that is read
+without its data (https://docs.pytorch.org/docs/stable/notes/serialization.html, "reading under FakeTensorMode").
+A pickle may run code when it is loaded; with `weights_only=True` PyTorch refuses all but tensors and plain values.
+"""
+
+from __future__ import annotations
+
+import json
+import pickle
+from math import prod
+from typing import Any, NamedTuple
+
+import torch
+
+from internlm_trainer.checkpoint.folder import Folder
+from internlm_trainer.errors import UserError
+from internlm_trainer.storage import user_errors
+
+# fp32 masters hold each of these exactly.
+DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+_LARGEST_HEADER = 100 << 20  # bytes, safetensors' own limit
+_ZIP = b"PK\x03\x04"
+_INTERNLMS_CONFIG = "internlm.core.context.parallel_context.Config"
+_BLOCK = 256 << 10  # bytes read at once of a pickle that is far away
+
+
+class TensorAt(NamedTuple):
+    """A tensor in a file: contiguous, from byte `offset` on."""
+
+    dtype: torch.dtype | str
+    """What PyTorch calls it, or for types that are not read here its name."""
+    shape: tuple[int, ...]
+    offset: int
+
+
+class Config(dict[str, Any]):
+    """Stands for the class whose instances InternLM writes into `model_config.pt`: a dictionary."""
+
+
+def tensors(folder: Folder, file: str) -> dict[str, TensorAt]:
+    """Every tensor of a `.safetensors`, `.bin` or `.pt` file.
+
+    Raises UserError for one that is missing, cut off, no such file, or that could run code.
+    """
+    table = _safetensors(folder, file) if file.endswith(".safetensors") else _pickled(folder, file)
+    end, there = 0, size(folder, file)
+    for one in table.values():
+        item = one.dtype.itemsize if isinstance(one.dtype, torch.dtype) else 0
+        end = max(end, one.offset + prod(one.shape) * item)
+    if end > there:
+        raise refusal(
+            folder, file, f"is cut off: it has {there} bytes, and its tensors end at {end}; copy it again"
+        )
+    return table
+
+
+def refusal(folder: Folder, file: str, why: str) -> UserError:
+    """What is wrong with a file, as a sentence."""
+    return UserError(f"{folder.what}: {folder.uri(file)} {why}")
+
+
+def read(folder: Folder, file: str, start: int | None = None, stop: int | None = None) -> bytes:
+    """Bytes [start, stop) of a file.  Raises UserError if it is not there, StorageUnavailable."""
+    try:
+        return folder.read(file, start=start, stop=stop)
+    except FileNotFoundError:
+        raise refusal(folder, file, "is missing; copy the folder again, whole") from None
+
+
+def size(folder: Folder, file: str) -> int:
+    """Bytes of a file.  Raises as `read`."""
+    try:
+        return folder.size(file)
+    except FileNotFoundError:
+        raise refusal(folder, file, "is missing; copy the folder again, whole") from None
+
+
+def _safetensors(folder: Folder, file: str) -> dict[str, TensorAt]:
+    length = int.from_bytes(read(folder, file, 0, 8), "little")
+    if length > min(_LARGEST_HEADER, size(folder, file)):
+        raise refusal(folder, file, "is cut off or no safetensors file; copy it again")
+    try:
+        header = json.loads(read(folder, file, 8, 8 + length))
+        header.pop("__metadata__", None)
+        return {
+            name: TensorAt(
+                DTYPES.get(entry["dtype"], entry["dtype"]),
+                tuple(map(int, entry["shape"])),
+                8 + length + int(entry["data_offsets"][0]),
+            )
+            for name, entry in header.items()
+        }
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise refusal(folder, file, "is damaged or no safetensors file; copy it again") from error
+
+
+def _pickled(folder: Folder, file: str) -> dict[str, TensorAt]:
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode():
+        content = load_pickle(folder, file)
+    if not isinstance(content, dict):
+        raise refusal(folder, file, "holds no dictionary of tensors")
+    table = {}
+    for name, value in content.items():
+        if not isinstance(value, torch.Tensor):
+            raise refusal(folder, file, f"holds {name}, which is no tensor")
+        if not value.is_contiguous():
+            raise refusal(folder, file, f"holds {name} with its elements out of order; save it contiguous")
+        begin = value.untyped_storage()._checkpoint_offset
+        assert begin is not None
+        offset = begin + int(value.storage_offset()) * value.itemsize
+        table[str(name)] = TensorAt(value.dtype, tuple(value.shape), offset)
+    return table
+
+
+def load_pickle(folder: Folder, file: str) -> Any:
+    """The content of what `torch.save` wrote, tensors and plain values alone; raises as `tensors`."""
+    if read(folder, file, 0, len(_ZIP)) != _ZIP:
+        raise refusal(
+            folder,
+            file,
+            "is cut off, or nothing that torch.save of PyTorch 1.6 or later wrote; copy it again, or save it with a "
+            "newer PyTorch",
+        )
+    allowed = torch.serialization.safe_globals([(Config, _INTERNLMS_CONFIG)])
+    with (
+        user_errors(folder.uri(file), folder.what),
+        folder.fs.open(folder.path(file), "rb", block_size=_BLOCK) as opened,
+        allowed,
+    ):
+        try:
+            return torch.load(opened, map_location="cpu", weights_only=True)
+        except pickle.UnpicklingError as error:
+            raise refusal(
+                folder,
+                file,
+                "holds more than tensors and plain values, which could run code when loaded, and is refused "
+                f"({_first_sentence(error)})",
+            ) from error
+        except (RuntimeError, EOFError, AssertionError) as error:
+            raise refusal(folder, file, "is cut off or damaged; copy it again") from error
+
+
+def _first_sentence(error: Exception) -> str:
+    """What weights_only has found: `Unsupported global: GLOBAL os.system was not ...`."""
+    text = str(error)
+    found = text.find("Unsupported")
+    text = text[found:] if found >= 0 else text
+    return text.split(" was not")[0].split("\n")[0].strip()

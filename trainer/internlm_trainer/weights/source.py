@@ -1,0 +1,147 @@
+"""Weights that are there, under the trainer's names, whatever they are kept in."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from math import prod
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from internlm_trainer.checkpoint import Checkpoint, Want
+from internlm_trainer.checkpoint.folder import Folder
+from internlm_trainer.config import ModelShape
+from internlm_trainer.errors import UserError
+from internlm_trainer.weights.files import DTYPES, TensorAt, read, refusal
+from internlm_trainer.weights.layout import Place, Stored, as_matrix, parameters, places
+
+BLOCK = 8 << 20  # elements in memory at once: 32 MiB in fp32
+MASTER, TOKENIZER = "master", "tokenizer.model"
+
+
+class Weights(Protocol):
+    """A model's weights.
+
+    url: for messages.  context: the longest sequence that the model knows.  tokenizer: URL of its model file.  Either
+    is None where it is not told.
+    """
+
+    url: str
+    shape: ModelShape
+    context: int | None
+    tokenizer: str | None
+
+    def rows(self, parameter: str, start: int, stop: int) -> Tensor:
+        """Rows [start, stop) of a parameter as a matrix, fp32 `[stop - start, columns]`."""
+        ...
+
+
+class CheckpointWeights:
+    """The weights of a checkpoint of any layout."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self.checkpoint, self.url = checkpoint, checkpoint.committed.uri
+        try:
+            self.shape = ModelShape(**checkpoint.manifest.model)
+        except TypeError as error:
+            raise UserError(f"{self.url} is a checkpoint of no InternLM model") from error
+        if {**checkpoint.manifest.parameters} != parameters(self.shape):
+            raise UserError(f"{self.url} is a checkpoint of no InternLM model")
+        self.context: int | None = checkpoint.state.get("seqLen")
+        self.tokenizer: str | None = checkpoint.state.get("tokenizer")
+
+    def rows(self, parameter: str, start: int, stop: int) -> Tensor:
+        columns = prod(self.checkpoint.manifest.parameters[parameter][1:])
+        out = torch.empty((stop - start) * columns)
+        self.checkpoint.load([Want(MASTER, parameter, start * columns, stop * columns, out)])
+        return out.view(-1, columns)
+
+
+class StoredWeights:
+    """Weights in the files of another format.
+
+    stored: what each file should hold.  tables: what it does.
+    """
+
+    def __init__(
+        self,
+        folder: Folder,
+        shape: ModelShape,
+        stored: Mapping[str, list[Stored]],
+        tables: Mapping[str, Mapping[str, TensorAt]],
+        context: int | None = None,
+    ) -> None:
+        self.url, self.shape, self.context = folder.url, shape, context
+        self.tokenizer = folder.uri(TOKENIZER) if TOKENIZER in folder.names() else None
+        self._folder, self._tables = folder, tables
+        for file, expected in stored.items():
+            for one in expected:
+                self._check(file, one)
+            for name in tables[file].keys() - {one.name for one in expected}:
+                if not name.endswith(".inv_freq"):  # of the rotary embedding: a constant
+                    raise refusal(folder, file, f"holds {name}, which no InternLM model of this shape has")
+        self._places = places(stored)
+
+    def _check(self, file: str, expected: Stored) -> None:
+        found = self._tables[file].get(expected.name)
+        if found is None:
+            raise refusal(self._folder, file, f"lacks {expected.name}; copy the folder again, whole")
+        if found.shape != expected.shape:
+            raise refusal(
+                self._folder,
+                file,
+                f"holds {expected.name} of shape {list(found.shape)}, where the model has {list(expected.shape)}; "
+                "give weights of this model",
+            )
+        if found.dtype not in DTYPES.values():
+            name = str(found.dtype).removeprefix("torch.")
+            raise refusal(
+                self._folder,
+                file,
+                f"holds {expected.name} as {name}, which fp32 weights cannot hold as it is; give weights in float32, "
+                "bfloat16 or float16",
+            )
+
+    def rows(self, parameter: str, start: int, stop: int) -> Tensor:
+        columns = as_matrix(parameters(self.shape)[parameter])[1]
+        out = torch.empty(stop - start, columns)
+        for place in self._places[parameter]:
+            first, last = max(start, place.slice.rows[0]), min(stop, place.slice.rows[1])
+            if first < last:
+                out[first - start : last - start, slice(*place.slice.columns)] = self._read(
+                    place, first, last
+                )
+        return out
+
+    def _read(self, place: Place, first: int, last: int) -> Tensor:
+        """Rows [first, last) of the parameter from where a slice of it is kept."""
+        table = self._tables[place.file][place.tensor]
+        assert isinstance(table.dtype, torch.dtype)
+        width = place.slice.columns[1] - place.slice.columns[0]
+        row = place.row + first - place.slice.rows[0]
+        begin = table.offset + row * width * table.dtype.itemsize
+        end = begin + (last - first) * width * table.dtype.itemsize
+        data = read(self._folder, place.file, begin, end)
+        if len(data) != end - begin:
+            raise refusal(self._folder, place.file, "is cut off; copy it again")
+        return torch.frombuffer(bytearray(data), dtype=table.dtype).view(-1, width)
+
+
+def blocks(weights: Weights, parameter: str, start: int, stop: int) -> Iterator[Tensor]:
+    """Rows [start, stop) of a parameter, at most `BLOCK` elements at a time."""
+    step = max(1, BLOCK // as_matrix(parameters(weights.shape)[parameter])[1])
+    for first in range(start, stop, step):
+        yield weights.rows(parameter, first, min(first + step, stop))
+
+
+def fill(weights: Weights, parameter: str, start: int, stop: int, out: Tensor) -> None:
+    """Elements [start, stop) of a flattened parameter into `out` `[stop - start]`, on any device."""
+    columns = as_matrix(parameters(weights.shape)[parameter])[1]
+    first, done = start // columns, 0
+    skipped = start - first * columns
+    for block in blocks(weights, parameter, first, -(-stop // columns)):
+        values = block.flatten()[skipped : skipped + len(out) - done]
+        out[done : done + len(values)].copy_(values)
+        done, skipped = done + len(values), 0
+    assert done == stop - start
