@@ -7,14 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from typer.testing import CliRunner, Result
 
-from internlm_trainer.checkpoint import BadCheckpoint, Piece, Snapshot
-from internlm_trainer.checkpoint import export as exporting
-from internlm_trainer.checkpoint.tools import open_one
+from internlm_trainer.checkpoint import Piece, Snapshot
 from internlm_trainer.cli import app
-from trainer.checkpoint.states import PARAMETERS, open_store, save, value, write
+from trainer.checkpoint.states import open_store, save, write
 
 
 def internlm(*arguments: object) -> Result:
@@ -45,7 +42,7 @@ def test_ls_lists_what_is_there(folder: Path) -> None:
 
 
 def test_a_folder_without_checkpoints_is_a_sentence(tmp_path: Path) -> None:
-    for command in ("ls", "verify", "export --out x", "diff x"):
+    for command in ("ls", "verify", "diff x"):
         shown = internlm(*command.split(), tmp_path / "nothing")
         assert shown.exit_code == 65, shown.output
         assert (
@@ -93,52 +90,3 @@ def test_diff_is_silent_about_layouts_and_tells_values_apart(tmp_path: Path) -> 
     other = internlm("diff", f"{tmp_path}/a/step-100", tmp_path / "b", "--kind", "master")
     assert "only in the first" in other.output
     assert "exp_avg" not in other.output
-
-
-@pytest.mark.parametrize(("dtype", "largest"), [("fp32", 10**9), ("bf16", 10**9), ("fp32", 1700)])
-def test_exported_weights_are_those_of_the_checkpoint(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str, largest: int
-) -> None:
-    monkeypatch.setattr(exporting.export, "__defaults__", (*exporting.export.__defaults__[:-1], largest))
-    shown = internlm("export", folder, "--out", tmp_path / "out", "--dtype", dtype, "--json")
-    assert shown.exit_code == 0, shown.output
-    files = json.loads(shown.output)["files"]
-    assert sorted(files) == sorted(path.name for path in (tmp_path / "out").iterdir())
-    found: dict[str, torch.Tensor] = {}
-    for file in files:
-        if file.endswith(".safetensors"):
-            found |= load_file(tmp_path / "out" / file)
-    for name, shape in PARAMETERS.items():
-        expected = value("master", name, shape, 200).view(shape)
-        assert torch.equal(
-            found[name], expected.to(getattr(torch, {"fp32": "float32", "bf16": "bfloat16"}[dtype]))
-        )
-    if largest == 1700:
-        index = json.loads((tmp_path / "out" / files[-1]).read_text())
-        assert set(index["weight_map"]) == set(PARAMETERS)
-        assert len(files) == 4
-        assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in found.values())
-
-
-def test_export_goes_on_to_the_newer_one_when_a_job_removes_what_it_reads(
-    folder: Path, tmp_path: Path
-) -> None:
-    seen = []
-
-    def export_while_removed(checkpoint, *arguments):
-        seen.append(checkpoint.step)
-        if len(seen) == 1:
-            save(open_store(str(folder), keep=1), 300)
-        return whole(checkpoint, *arguments)
-
-    whole = exporting.export
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(exporting, "export", export_while_removed)
-        shown = internlm("export", folder, "--out", tmp_path / "out")
-    assert shown.exit_code == 0, shown.output
-    assert seen == [200, 300]
-    gone = internlm("export", folder, "--out", tmp_path / "out", "--step", 200)
-    assert gone.exit_code == 65
-    assert "checkpoint step-00000200 cannot be used: manifest.json is missing" in gone.output
-    with pytest.raises(BadCheckpoint):
-        open_one(f"{folder}/step-200")

@@ -36,7 +36,8 @@ def test_the_parameters_are_those_of_the_model(shape: ModelShape) -> None:
 
 
 @pytest.mark.parametrize(
-    ("tensor", "pipeline", "dtype"), [(1, 1, "bf16"), (2, 1, "fp32"), (4, 1, "bf16"), (1, 2, "bf16"), (4, 3, "bf16")]
+    ("tensor", "pipeline", "dtype"),
+    [(1, 1, "bf16"), (2, 1, "fp32"), (4, 1, "bf16"), (1, 2, "bf16"), (4, 3, "bf16")],
 )
 @pytest.mark.parametrize("family", SHAPES)
 def test_a_chain_through_all_formats_changes_no_bit(

@@ -77,9 +77,7 @@ def test_the_exported_tokenizer_gives_the_ids_of_training_and_the_chat_prompt(
     turns = [("user", "Who?"), ("assistant", "Me."), ("user", "Why?\nTell.")]
     messages = [{"role": role, "content": content} for role, content in turns]
     prompt = theirs.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-    assert prompt == (
-        "<s><|User|>:Who?<eoh>\n<|Bot|>:Me.<eoa>\n<s><|User|>:Why?\nTell.<eoh>\n<|Bot|>:"
-    )
+    assert prompt == ("<s><|User|>:Who?<eoh>\n<|Bot|>:Me.<eoa>\n<s><|User|>:Why?\nTell.<eoh>\n<|Bot|>:")
     ids = theirs.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
     eoh, eoa, bos = tokenizer.id_of("<eoh>"), tokenizer.id_of("<eoa>"), tokenizer.bos
     expected = [bos, *tokenizer.encode("<|User|>:Who?"), eoh, *tokenizer.encode("\n<|Bot|>:Me."), eoa]

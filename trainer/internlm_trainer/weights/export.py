@@ -15,10 +15,11 @@ from typing import IO
 
 import torch
 
+from internlm_trainer.checkpoint.folder import Folder
 from internlm_trainer.config import ModelShape
 from internlm_trainer.data.tokenizer import Tokenizer
 from internlm_trainer.errors import UserError
-from internlm_trainer.storage import join, open_fs, remove_leftovers, user_errors, write_whole
+from internlm_trainer.storage import join, remove_leftovers, user_errors, write_whole
 from internlm_trainer.weights.archive import TYPES, Progress, Type, size, write_pt, write_safetensors
 from internlm_trainer.weights.layout import (
     Files,
@@ -59,13 +60,13 @@ def export_llama(
     context: the longest sequence that the model knows.  Raises UserError for a place that cannot be written or has
     an export already, and what reading the weights does.
     """
-    folder, type = _Out(out, CONFIG), TYPES[dtype]
+    type = TYPES[dtype]
     parts = _parts(llama(weights.shape), type, largest_file)
     names = [
         "model.safetensors" if len(parts) == 1 else f"model-{number:05d}-of-{len(parts):05d}.safetensors"
         for number in range(1, len(parts) + 1)
     ]
-    origin = {"source": weights.url}
+    folder, origin = _Out(out, CONFIG, names), {"source": weights.url}
     for name, part in zip(names, parts, strict=True):
         with folder.file(name) as file:
             write_safetensors(file, weights, part, type, origin, progress)
@@ -102,11 +103,16 @@ def export_internlm(
         raise UserError(
             f"--pp {pipeline}: the model has {shape.layers} blocks; give no more stages than that"
         )
-    folder, files = _Out(out, MODEL_CONFIG), Files(is_internlm2(shape), tensor)
-    for t in range(tensor):
-        for p, blocks in enumerate(stages(shape.layers, pipeline)):
-            with folder.file(f"model_tp{t}_pp{p}.pt") as file:
-                write_pt(file, weights, internlm(shape, files, t, blocks), type, progress)
+    files = Files(is_internlm2(shape), tensor)
+    plan = {
+        f"model_tp{t}_pp{p}.pt": internlm(shape, files, t, blocks)
+        for t in range(tensor)
+        for p, blocks in enumerate(stages(shape.layers, pipeline))
+    }
+    folder = _Out(out, MODEL_CONFIG, list(plan))
+    for name, tensors in plan.items():
+        with folder.file(name) as file:
+            write_pt(file, weights, tensors, type, progress)
     config = io.BytesIO()
     torch.save(_model_config(shape, type, files), config)
     folder.bytes(MODEL_CONFIG, config.getvalue())
@@ -151,14 +157,15 @@ def _parts(tensors: Sequence[Stored], type: Type, largest: int) -> list[list[Sto
 
 
 class _Out:
-    """The folder of an export; `last` is the file with which it is whole."""
+    """The folder of an export, which has the files `names` and is whole with the file `last`."""
 
-    def __init__(self, url: str, last: str) -> None:
+    def __init__(self, url: str, last: str, names: Sequence[str]) -> None:
         self.url, self.written = url, list[str]()
-        with user_errors(url, WHAT):
-            fs, path = open_fs(join(url, last))
-            if fs.exists(path):
-                raise UserError(f"{WHAT}: {url} holds weights already ({last}); give an empty folder")
+        there = Folder(url, what=WHAT).names().keys()
+        if last in there:
+            raise UserError(f"{WHAT}: {url} holds weights already ({last}); give an empty folder")
+        if others := [name for name in there - set(names) if name.endswith((".safetensors", ".pt", ".bin"))]:
+            raise UserError(f"{WHAT}: {url} holds other weights ({min(others)}); give an empty folder")
 
     @contextmanager
     def file(self, name: str) -> Iterator[IO[bytes]]:

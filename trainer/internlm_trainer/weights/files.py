@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import json
 import pickle
+import re
+from collections import OrderedDict
 from math import prod
 from typing import Any, NamedTuple
 
@@ -22,6 +24,7 @@ from internlm_trainer.storage import user_errors
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 _LARGEST_HEADER = 100 << 20  # bytes, safetensors' own limit
 _ZIP = b"PK\x03\x04"
+# Of `model_config.pt`: a dictionary with attributes.
 _INTERNLMS_CONFIG = "internlm.core.context.parallel_context.Config"
 _BLOCK = 256 << 10  # bytes read at once of a pickle that is far away
 
@@ -33,10 +36,6 @@ class TensorAt(NamedTuple):
     """What PyTorch calls it, or for types that are not read here its name."""
     shape: tuple[int, ...]
     offset: int
-
-
-class Config(dict[str, Any]):
-    """Stands for the class whose instances InternLM writes into `model_config.pt`: a dictionary."""
 
 
 def tensors(folder: Folder, file: str) -> dict[str, TensorAt]:
@@ -125,7 +124,7 @@ def load_pickle(folder: Folder, file: str) -> Any:
             "is cut off, or nothing that torch.save of PyTorch 1.6 or later wrote; copy it again, or save it with a "
             "newer PyTorch",
         )
-    allowed = torch.serialization.safe_globals([(Config, _INTERNLMS_CONFIG)])
+    allowed = torch.serialization.safe_globals([(OrderedDict, _INTERNLMS_CONFIG)])
     with (
         user_errors(folder.uri(file), folder.what),
         folder.fs.open(folder.path(file), "rb", block_size=_BLOCK) as opened,
@@ -134,19 +133,12 @@ def load_pickle(folder: Folder, file: str) -> Any:
         try:
             return torch.load(opened, map_location="cpu", weights_only=True)
         except pickle.UnpicklingError as error:
+            found = re.search(r"GLOBAL ([\w.]+)", str(error))
+            names = f" (it names {found[1]})" if found else ""
             raise refusal(
                 folder,
                 file,
-                "holds more than tensors and plain values, which could run code when loaded, and is refused "
-                f"({_first_sentence(error)})",
+                f"holds more than tensors and plain values{names}, which could run code when loaded, and is refused",
             ) from error
         except (RuntimeError, EOFError, AssertionError) as error:
             raise refusal(folder, file, "is cut off or damaged; copy it again") from error
-
-
-def _first_sentence(error: Exception) -> str:
-    """What weights_only has found: `Unsupported global: GLOBAL os.system was not ...`."""
-    text = str(error)
-    found = text.find("Unsupported")
-    text = text[found:] if found >= 0 else text
-    return text.split(" was not")[0].split("\n")[0].strip()

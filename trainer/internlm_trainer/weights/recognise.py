@@ -9,8 +9,8 @@ from itertools import accumulate, pairwise
 from typing import Any
 
 from internlm_trainer.checkpoint.folder import Folder
-from internlm_trainer.checkpoint.format import MANIFEST, parse_step
-from internlm_trainer.checkpoint.tools import open_one
+from internlm_trainer.checkpoint.format import parse_step
+from internlm_trainer.checkpoint.tools import locate, open_one
 from internlm_trainer.config import ModelShape
 from internlm_trainer.errors import UserError
 from internlm_trainer.weights.files import TensorAt, load_pickle, read, refusal, tensors
@@ -44,7 +44,7 @@ def open_weights(url: str, what: str, shape: ModelShape | None = None) -> Weight
         return _hugging_face(folder, names)
     if any(map(_MODEL_FILE.fullmatch, names)):
         return _internlm(folder, names, shape)
-    if MANIFEST in names or any(parse_step(name) is not None for name in names):
+    if locate(url)[1] is not None or any(parse_step(name) is not None for name in names):
         return CheckpointWeights(open_one(url))
     raise UserError(
         f"{what}: {url} holds no weights: a folder has {CONFIG} (Hugging Face), model_tp0_pp0.pt (InternLM) or "
