@@ -1,6 +1,7 @@
 """The same training with Hugging Face's Llama in plain PyTorch: no code of ours in model, optimizer, schedule or loop.
 
-What it shares with the job is what is not compared: the rows (read by the job's loader) and the initial weights.
+What it shares with the job is what is not compared: the rows (read by the job's loader), the initial weights, and under
+which names Hugging Face has them.
 There are two common ways of training in bf16, and this is either: fp32 weights under autocast, as the Hugging Face
 Trainer has it with `bf16=True`, whose residual stream stays fp32; or bf16 weights with a master copy in fp32.
 
@@ -26,6 +27,7 @@ from internlm_trainer import config
 from internlm_trainer.data.loader import RowLoader, validation_rows
 from internlm_trainer.data.packing import Row
 from internlm_trainer.model.internlm import InternLM, initialise, parameter_generator
+from internlm_trainer.weights import layout
 
 
 def llama(shape: config.ModelShape, weights: dict[str, Tensor]) -> LlamaForCausalLM:
@@ -45,7 +47,12 @@ def llama(shape: config.ModelShape, weights: dict[str, Tensor]) -> LlamaForCausa
     )
     settings._attn_implementation = "sdpa"
     model = LlamaForCausalLM(settings).to(weights["norm.weight"].device)
-    model.load_state_dict(_renamed(weights, shape))
+    model.load_state_dict(
+        {
+            one.name: torch.cat([weights[part.parameter][slice(*part.rows)] for part in one.slices])
+            for one in layout.llama(shape)
+        }
+    )
     return model
 
 
@@ -57,33 +64,6 @@ def initial_weights(shape: config.ModelShape, seed: int, device: torch.device) -
     for name, parameter in ours.named_parameters():
         initialise(name, parameter.data, shape.layers, parameter_generator(name, seed, parameter))
     return ours.state_dict()
-
-
-def _renamed(ours: dict[str, Tensor], shape: config.ModelShape) -> dict[str, Tensor]:
-    head_dim = shape.hidden_size // shape.heads
-    sizes = [head_dim * heads for heads in (shape.heads, shape.kv_heads, shape.kv_heads)]
-    plain = {"embedding": "model.embed_tokens", "norm": "model.norm", "head": "lm_head"}
-    inside = {
-        "norm1": "input_layernorm",
-        "norm2": "post_attention_layernorm",
-        "mixer.out_proj": "self_attn.o_proj",
-        "mlp.w1": "mlp.gate_proj",
-        "mlp.w2": "mlp.up_proj",
-        "mlp.w3": "mlp.down_proj",
-    }
-    theirs = {}
-    for name, values in ours.items():
-        module, _, kind = name.rpartition(".")
-        if module in plain:
-            theirs[f"{plain[module]}.{kind}"] = values
-            continue
-        _, layer, part = module.split(".", 2)
-        if part == "mixer.Wqkv":
-            for letter, piece in zip("qkv", values.split(sizes), strict=True):
-                theirs[f"model.layers.{layer}.self_attn.{letter}_proj.{kind}"] = piece
-        else:
-            theirs[f"model.layers.{layer}.{inside[part]}.{kind}"] = values
-    return theirs
 
 
 def learning_rate(step: int, training: config.TrainingSpec) -> float:

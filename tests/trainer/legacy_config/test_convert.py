@@ -237,8 +237,8 @@ def test_what_internlm_is_told_outside_of_its_configuration_is_given_by_the_mach
             "c.py:{}: lr_scheduler.init_steps: is 7, which is not supported",
         ),
         (
-            "ckpt = dict(save_ckpt_folder=SAVE, load_model_only_folder='local:b', checkpoint_every=1)",
-            "c.py:{}: ckpt.load_model_only_folder: starts from b",
+            "ckpt = dict(save_ckpt_folder=SAVE, load_ckpt_folder='local:b', checkpoint_every=1)",
+            "c.py:{}: ckpt.load_ckpt_folder: goes on from b",
         ),
         (
             "ckpt = dict(save_ckpt_folder='oss2:x', checkpoint_every=1)",
@@ -257,6 +257,18 @@ def test_what_would_change_the_numbers_or_is_not_known_is_refused_with_its_line(
     with pytest.raises(UserError) as refused:
         conversion(changes)
     assert str(refused.value).startswith(sentence.format(line)), refused.value
+
+
+@pytest.mark.parametrize(
+    "start",
+    [
+        "load_model_only_folder='local:/zoo/7b'",
+        "auto_resume=False, load_ckpt_info=dict(path='local:/zoo/7b', content=('model',), ckpt_type='internlm')",
+    ],
+)
+def test_weights_to_start_from_are_the_jobs(start: str) -> None:
+    job = conversion(f"ckpt = dict(save_ckpt_folder=SAVE, checkpoint_every=1, {start})")
+    assert job.manifest["spec"]["model"]["init"] == {"from": "/zoo/7b"}
 
 
 def test_a_missing_tokenizer_or_folder_names_the_option_that_gives_it() -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from internlm_operator.api import parse_job
+from internlm_operator.manifest import parse_job
 from internlm_trainer.checkpoint.tools import open_one
 from internlm_trainer.config import ModelShape, model_shape
 from internlm_trainer.errors import UserError

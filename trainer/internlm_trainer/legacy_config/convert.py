@@ -58,7 +58,7 @@ def convert(config: Config, machine: Machine) -> Conversion:
     """
     reader = Reader(config)
     name = _name(reader)
-    spec = {
+    spec: dict[str, Any] = {
         "nodes": machine.nodes,
         "gpusPerNode": machine.gpus_per_node,
         "processesPerNode": machine.processes_per_node,
@@ -69,6 +69,8 @@ def convert(config: Config, machine: Machine) -> Conversion:
         "checkpoint": _checkpoint(reader, machine, name),
         "telemetry": _telemetry(reader),
     }
+    if weights := _start(reader, spec["checkpoint"]["path"]):
+        spec["model"]["init"] = {"from": weights}
     reader.settle_the_rest()
     del spec["gpusPerNode" if not machine.gpus_per_node else "processesPerNode"]
     manifest = {
@@ -321,13 +323,12 @@ def _checkpoint(reader: Reader, machine: Machine, name: str) -> dict[str, Any]:
     if not saves or not 1 <= every <= MAX_STEPS:
         reader.note("ckpt", f"the last step is always saved here, in {path}")
         every = MAX_STEPS
-    _check_start(reader, path)
     reader.note("ckpt", "InternLM keeps all checkpoints; checkpoint.keep says how many stay here")
     return {"path": path, "everySteps": int(every), "keep": MAX_KEEP}
 
 
-def _check_start(reader: Reader, own: str) -> None:
-    """Refuse to start from anything but the job's own checkpoints.
+def _start(reader: Reader, own: str) -> str | None:
+    """The weights to start from, if any.  Refuses to go on from any checkpoint but the job's own.
 
     InternLM 0.2 takes no notice of `load_ckpt_info` unless auto_resume is off.
     """
@@ -344,13 +345,18 @@ def _check_start(reader: Reader, own: str) -> None:
         if not isinstance(folder, str):
             reader.refuse(field, "must name a folder")
         path = _path(reader, field, folder)
-        if path.rstrip("/") != own.rstrip("/"):
-            reader.refuse(
-                field,
-                f"starts from {path}: a job starts from its own checkpoints, in {own}; take the field out to train "
-                "from scratch",
-            )
-        reader.note(field, "a job always resumes from its newest good checkpoint")
+        if path.rstrip("/") == own.rstrip("/"):
+            reader.note(field, "a job always resumes from its newest good checkpoint")
+            continue
+        content = start.get("content") if isinstance(start, dict) else None
+        if field == "ckpt.load_model_only_folder" or list(content or ()) == ["model"]:
+            return path
+        reader.refuse(
+            field,
+            f"goes on from {path}: a job goes on from its own checkpoints, in {own}, or starts from weights alone, by "
+            "load_ckpt_info with content=('model',); take the field out to train from scratch",
+        )
+    return None
 
 
 def _telemetry(reader: Reader) -> dict[str, Any]:
