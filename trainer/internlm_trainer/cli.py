@@ -20,6 +20,7 @@ for command in (
     data.tokenize,
     convert.convert_config,
     weights.export,
+    weights.chat,
     weights.models,
 ):
     app.command()(command)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from internlm_trainer.config import OptimizerSpec, ScheduleSpec, TrainingSpec
-from internlm_trainer.generate import complete
+from internlm_trainer.generate import Sampling, complete
 from internlm_trainer.kernels.attention import Documents
 from internlm_trainer.optim.schedule import learning_rate
 from internlm_trainer.telemetry.report import Reporter
@@ -187,7 +187,7 @@ def test_a_completion_is_the_same_for_the_same_seed_and_never_takes_what_is_beyo
         def forward(self, tokens: Tensor, _: Documents) -> Tensor:
             return torch.tensor([[5.0, 5.0, 3.0]]).expand(len(tokens), 3)
 
-    first = complete(Even(), [0], stop=9, max_tokens=200, top_p=0.9, temperature=1.0)
-    assert first == complete(Even(), [0], stop=9, max_tokens=200, top_p=0.9, temperature=1.0)
-    assert first != complete(Even(), [0], stop=9, max_tokens=200, top_p=0.9, temperature=1.0, seed=1)
+    first = complete(Even(), [0], stop=9, max_tokens=200, sampling=Sampling(1.0, 0.9))
+    assert first == complete(Even(), [0], stop=9, max_tokens=200, sampling=Sampling(1.0, 0.9))
+    assert first != complete(Even(), [0], stop=9, max_tokens=200, sampling=Sampling(1.0, 0.9, seed=1))
     assert set(first) == {0, 1}
