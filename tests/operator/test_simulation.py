@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from datetime import timedelta
+from typing import Any
 
 import hypothesis.strategies as st
 from hypothesis import settings
@@ -58,6 +59,7 @@ class JobLife(RuleBasedStateMachine):
         self.furthest = 0
         self.restarted_at: list[float] = []
         self.own_failures = 0
+        self.ended: set[int] = set()
         self.person_looked = False
         self.ledger = Goodput()
 
@@ -80,6 +82,18 @@ class JobLife(RuleBasedStateMachine):
     @rule()
     def caches_catch_up(self) -> None:
         self.cached = copy.deepcopy(self.world.job), self.world.observed()
+
+    @rule()
+    def a_gang_comes_to_run(self) -> None:
+        """All that it takes, so that many gangs may come and go in one life."""
+        world = self.world
+        for _ in range(6):
+            if world.deleted_job:
+                return
+            plan = world.step()
+            world.reap()
+            world.wait(plan.wake_after or 0)
+        self.all_workers_start()
 
     # The cluster
 
@@ -221,24 +235,30 @@ class JobLife(RuleBasedStateMachine):
     @invariant()
     def restarts_without_progress_stay_within_their_limits(self) -> None:
         status, recovery = self.world.status, self.world.job["spec"]["recovery"]
-        restarts = status.get("restarts", 0)
-        assert restarts in (self.restarts, self.restarts + 1), "a restart was lost or counted twice"
         furthest = max([status.get("checkpoint", {}).get("step", 0), *self._starts()])
-        last = status.get("lastFailure") or {}
         if furthest > self.furthest or self.person_looked:
             self.restarted_at, self.own_failures, self.person_looked = [], 0, False
         self.furthest = max(furthest, self.furthest)
-        if restarts > self.restarts and last["class"] != "Preemption":
-            ended = next(a for a in status["attempts"] if a["number"] == last["attempt"])
-            if ended.get("checkpointStep") is None:
-                self.restarted_at.append(self.world.now.timestamp())
-                self.own_failures += last["class"] not in CLUSTERS
-        self.restarts = restarts
+        for attempt in status.get("attempts") or []:
+            if attempt.get("endTime") and attempt["number"] not in self.ended:
+                self.ended.add(attempt["number"])
+                if attempt.get("class") and self.world.phase != "Failed":
+                    self._expect_restart(attempt)
+        assert status.get("restarts", 0) == self.restarts, "a restart was lost or counted twice"
         # Restarts that share a bucket expire together, up to a 64th of the window early.
         since = self.world.now.timestamp() - recovery["windowSeconds"] * 63 / 64
         assert sum(at > since for at in self.restarted_at) <= recovery["maxRestarts"]
         assert self.own_failures < recovery["maxAttemptsWithoutProgress"]
         assert self.own_failures >= status.get("attemptsWithoutProgress", 0)
+
+    def _expect_restart(self, attempt: dict[str, Any]) -> None:
+        self.restarts += 1
+        failure = self.world.status["lastFailure"]
+        assert failure["action"] != "Fail"
+        assert (failure["attempt"], failure["class"]) == (attempt["number"], attempt["class"])
+        if attempt["class"] != "Preemption" and attempt.get("checkpointStep") is None:
+            self.restarted_at.append(self.world.now.timestamp())
+            self.own_failures += attempt["class"] not in CLUSTERS
 
     def _starts(self) -> list[int]:
         return [a.get("startStep") or 0 for a in self.world.status.get("attempts") or []]
