@@ -261,10 +261,12 @@ ALLOWED = (
     "get pods", "list pods", "watch pods", "create pods", "delete pods",
     "create services", "patch services", "create configmaps", "patch configmaps", "create events",
     "create networkpolicies.networking.k8s.io", "patch networkpolicies.networking.k8s.io",
+    "create poddisruptionbudgets.policy", "patch poddisruptionbudgets.policy",
 )  # fmt: skip
 REFUSED = (
     "create internlmjobs", "update internlmjobs", "patch internlmjobs", "patch pods", "create pods/exec",
-    "get pods/log", "get secrets", "list secrets", "get configmaps", "delete services", "list nodes",
+    "get pods/log", "get secrets", "list secrets", "get configmaps", "delete services", "get nodes",
+    "patch nodes", "delete poddisruptionbudgets.policy",
     "list namespaces", "get serviceaccounts", "create deployments", "create roles", "impersonate users",
     "* *",
 )  # fmt: skip
@@ -278,6 +280,8 @@ def test_the_operator_may_do_what_it_does_and_nothing_else(rights: Any) -> None:
     for what in REFUSED:
         assert not may(cluster, what, "chart-test-a"), what
     assert may(cluster, "create tokenreviews.authentication.k8s.io", "")
+    assert may(cluster, "list nodes", "")
+    assert may(cluster, "watch nodes", "")
     assert may(cluster, "create secrets", NAMESPACE)
     assert may(cluster, "get secrets internlm-operator-channel", NAMESPACE)
     assert not may(cluster, "get secrets another", NAMESPACE)
@@ -292,6 +296,13 @@ def test_its_rights_end_at_the_namespaces_that_it_watches(rights: Any) -> None:
         assert not may(cluster, what, "chart-test-b"), what
         assert not may(cluster, what, NAMESPACE), what
     assert may(cluster, "create tokenreviews.authentication.k8s.io", "")
+
+
+@pytest.mark.cluster
+def test_without_node_health_it_may_not_look_at_nodes(rights: Any) -> None:
+    cluster = rights("--set=nodeHealth.enabled=false")
+    assert not may(cluster, "list nodes", "")
+    assert not may(cluster, "watch nodes", "")
 
 
 @pytest.mark.cluster
