@@ -1,141 +1,217 @@
 """The job channel: where training processes report to the operator, over HTTPS, with no right in the cluster.
 
-A process shows the token that the kubelet projected into its pod.  The token's audience is the job, so it is
-good for nothing else; a TokenReview says that it is genuine and which pod it is bound to, and that pod must
-carry the job's label.
+Every replica serves it, and the leader alone answers: what the reports of a job's ranks say together, and what
+to tell them, is one process's knowledge.  The others pass requests on to it, by the address in the Lease.
 """
 
 from __future__ import annotations
 
 import asyncio
-import hashlib
-import json
 import logging
 import ssl
 import time
-from typing import Protocol
+from collections.abc import Awaitable, Callable
+from typing import Protocol, TypeVar
 
+import aiohttp
 from aiohttp import web
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
+from yarl import URL
 
+from internlm_operator import kubeflow, metrics
+from internlm_operator.authentication import Authenticator, Pods, Verdict
 from internlm_operator.controller import Key
-from internlm_operator.kube import ApiError, Kube
-from internlm_operator.objects import JOB_LABEL, Object, audience, report_path
+from internlm_operator.kube import ApiError
+from internlm_operator.limits import Buckets
+from internlm_operator.objects import report_path
 from internlm_operator.report import MAX_REPORT_BYTES, Report
 
-# A pod that is deleted, or a token that is revoked, is believed this much longer.
-ACCEPTED_SECONDS = 60.0
-REJECTED_SECONDS = 5.0
-MAX_VERDICTS = 100_000
-PARALLEL_REVIEWS = 16
-MAX_TOKEN_LENGTH = 8192
-_USER = "system:serviceaccount:"
-_POD_NAME = "authentication.kubernetes.io/pod-name"
-_POD_UID = "authentication.kubernetes.io/pod-uid"
+# Requests under way at once; a job of 1,000 pods that all begin to report at once waits for its turn.
+MAX_REQUESTS = 1024
+# Of one pod: its processes report every two seconds or so.
+POD_RATE, POD_BURST = 20.0, 100.0
+# A request that is not there by then is somebody's who sends a byte a minute.
+REQUEST_SECONDS = 20.0
+FORWARD_SECONDS = 4.0
+FORWARDED = "Internlm-Forwarded"
+_Content = TypeVar("_Content", bound=BaseModel)
+_Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 logger = logging.getLogger(__name__)
 
 
-class Jobs(Protocol):
+class Jobs(Pods, Protocol):
     """What the channel asks of the controller."""
 
     def current_attempt(self, key: Key) -> int | None: ...
 
-    def find_pod(self, key: Key, name: str) -> Object | None: ...
+    def last_report(self, key: Key) -> Report | None: ...
 
     def on_report(self, key: Key, report: Report) -> None: ...
 
 
-class Authenticator:
-    """Decides whether a token may report for a job, and remembers it for a short time."""
+class Leader(Protocol):
+    """What the channel asks of the lease."""
 
-    def __init__(self, kube: Kube, jobs: Jobs) -> None:
-        self._kube = kube
-        self._jobs = jobs
-        self._verdicts: dict[bytes, tuple[float, str]] = {}
-        self._reviews = asyncio.Semaphore(PARALLEL_REVIEWS)
+    @property
+    def leads(self) -> bool: ...
 
-    async def refusal(self, key: Key, token: str) -> str:
-        """Why the token may not report for the job; empty if it may.
-
-        Raises ApiError where the API server cannot be asked.
-        """
-        if not token or len(token) > MAX_TOKEN_LENGTH:
-            return "no token"
-        fingerprint = hashlib.sha256(json.dumps([*key, token]).encode()).digest()
-        until, verdict = self._verdicts.get(fingerprint, (0.0, ""))
-        if time.monotonic() < until:
-            return verdict
-        async with self._reviews:
-            verdict = await self._review(key, token)
-        if len(self._verdicts) >= MAX_VERDICTS:
-            self._drop_old()
-        seconds = REJECTED_SECONDS if verdict else ACCEPTED_SECONDS
-        self._verdicts[fingerprint] = (time.monotonic() + seconds, verdict)
-        return verdict
-
-    async def _review(self, key: Key, token: str) -> str:
-        namespace, name = key
-        status = await self._kube.review_token(token, audience(namespace, name))
-        if not status.get("authenticated"):
-            return "the token is not valid for this job"
-        # A server that does not know about audiences would authenticate any token, and names none here.
-        if audience(namespace, name) not in (status.get("audiences") or []):
-            return "the token is for another audience"
-        user = status.get("user") or {}
-        if not str(user.get("username", "")).startswith(f"{_USER}{namespace}:"):
-            return "the token is of another namespace"
-        extra = user.get("extra") or {}
-        pod_name, pod_uid = (extra.get(_POD_NAME) or [""])[0], (extra.get(_POD_UID) or [""])[0]
-        if not pod_name:
-            return "the token is not bound to a pod"
-        pod = self._jobs.find_pod(key, pod_name) or await self._kube.get("Pod", namespace, pod_name)
-        metadata = (pod or {}).get("metadata") or {}
-        if metadata.get("uid") != pod_uid or (metadata.get("labels") or {}).get(JOB_LABEL) != name:
-            return f"pod {pod_name} is none of this job's workers"
-        return ""
-
-    def _drop_old(self) -> None:
-        now = time.monotonic()
-        self._verdicts = {k: v for k, v in self._verdicts.items() if v[0] > now}
-        if len(self._verdicts) >= MAX_VERDICTS:
-            self._verdicts.clear()
+    @property
+    def leader_address(self) -> str: ...
 
 
-def application(authenticator: Authenticator, jobs: Jobs) -> web.Application:
-    """The channel's routes."""
+class Trust(Protocol):
+    """How to know another replica."""
 
-    async def report(request: web.Request) -> web.Response:
+    @property
+    def client(self) -> ssl.SSLContext: ...
+
+    @property
+    def names(self) -> list[str]: ...
+
+
+class RefusedError(Exception):
+    """A request that gets this answer."""
+
+    def __init__(self, status: int, message: str, retry_after: float | None = None) -> None:
+        super().__init__(message)
+        self.response = web.json_response({"message": message}, status=status)
+        if retry_after is not None:
+            self.response.headers["Retry-After"] = str(max(1, round(retry_after)))
+
+
+class Channel:
+    """The channel's handlers."""
+
+    def __init__(self, authenticator: Authenticator, jobs: Jobs, leader: Leader, trust: Trust) -> None:
+        self._authenticator, self._jobs = authenticator, jobs
+        self._leader, self._trust = leader, trust
+        self._pods: Buckets[tuple[Key, str]] = Buckets(POD_RATE, POD_BURST)
+        self._under_way = 0
+
+    def application(self) -> web.Application:
+        app = web.Application(client_max_size=MAX_REPORT_BYTES, middlewares=[self._shape, self._pass_on])
+        app.router.add_post(report_path("{namespace}", "{name}"), self._report, name="report")
+        path = kubeflow.status_path("{namespace}", "{name}")
+        app.router.add_post(path, self._kubeflow_status, name="kubeflow")
+        return app
+
+    # Around every request
+
+    @web.middleware
+    async def _shape(self, request: web.Request, handler: _Handler) -> web.StreamResponse:
+        """Bound the number of requests and their time, and count them."""
+        self._under_way += 1
+        try:
+            if self._under_way > MAX_REQUESTS:
+                raise RefusedError(503, "too many requests at once; try again", 1)
+            async with asyncio.timeout(REQUEST_SECONDS):
+                response = await handler(request)
+        except RefusedError as refused:
+            response = refused.response
+        except TimeoutError:
+            response = RefusedError(408, "the request took too long").response
+        except web.HTTPRequestEntityTooLarge:
+            response = RefusedError(413, f"a report has at most {MAX_REPORT_BYTES} bytes").response
+        except web.HTTPException as error:
+            response = RefusedError(error.status, error.reason).response
+        finally:
+            self._under_way -= 1
+        route = request.match_info.route.name or "unknown"
+        metrics.CHANNEL_REQUESTS.labels(route, response.status).inc()
+        return response
+
+    @web.middleware
+    async def _pass_on(self, request: web.Request, handler: _Handler) -> web.StreamResponse:
+        """Let the leader answer."""
+        if self._leader.leads or request.match_info.route.name is None:
+            return await handler(request)
+        address = self._leader.leader_address
+        if not address or FORWARDED in request.headers:
+            raise RefusedError(503, "no replica of the operator leads now; try again", 2)
+        headers = {
+            name: request.headers[name]
+            for name in ("Authorization", "Content-Type")
+            if name in request.headers
+        }
+        url = URL.build(scheme="https", authority=address, path=request.rel_url.raw_path, encoded=True)
+        timeout = aiohttp.ClientTimeout(total=FORWARD_SECONDS)
+        try:
+            async with (
+                aiohttp.ClientSession(timeout=timeout, trust_env=False) as session,
+                session.post(
+                    url,
+                    data=await request.read(),
+                    headers=headers | {FORWARDED: "1"},
+                    ssl=self._trust.client,
+                    server_hostname=self._trust.names[0],
+                    allow_redirects=False,
+                ) as answer,
+            ):
+                return web.Response(
+                    body=await answer.read(), status=answer.status, content_type=answer.content_type
+                )
+        except (aiohttp.ClientError, TimeoutError, OSError) as error:
+            logger.warning(
+                "the leader at %s does not answer: %s", address, str(error) or type(error).__name__
+            )
+            raise RefusedError(503, "the operator's leader does not answer; try again", 2) from error
+
+    # The routes
+
+    async def _report(self, request: web.Request) -> web.Response:
+        key, _ = await self._authenticate(request)
+        report = _parse(Report, await request.read())
+        self._accept(key, report)
+        return web.json_response({})
+
+    async def _kubeflow_status(self, request: web.Request) -> web.Response:
+        key, verdict = await self._authenticate(request)
+        body = await request.read()
+        content = _parse(kubeflow.ProgressStatus, body)
+        last = self._jobs.last_report(key)
+        of_attempt = last if last is not None and last.attempt == verdict.attempt else None
+        report = kubeflow.to_report(content, verdict.attempt, of_attempt)
+        if report is not None:
+            self._accept(key, report)
+        return web.Response(body=body, content_type="application/json")
+
+    def _accept(self, key: Key, report: Report) -> None:
+        attempt = self._jobs.current_attempt(key)
+        if attempt is None:
+            raise RefusedError(503, "the job is not known yet", 2)
+        if report.attempt != attempt:
+            raise RefusedError(409, f"attempt {report.attempt} is over; the current one is {attempt}")
+        self._jobs.on_report(key, report)
+
+    async def _authenticate(self, request: web.Request) -> tuple[Key, Verdict]:
         key = (request.match_info["namespace"], request.match_info["name"])
         scheme, _, token = request.headers.get("Authorization", "").partition(" ")
         if scheme.lower() != "bearer" or not token:
-            return _answer(401, "send the projected token as Authorization: Bearer")
+            raise RefusedError(401, "send the projected token as Authorization: Bearer")
+        if self._jobs.job_uid(key) is None:
+            raise RefusedError(503, "the job is not known (yet)", 2)
         try:
-            refusal = await authenticator.refusal(key, token.strip())
+            verdict = await self._authenticator.judge(key, token.strip())
         except ApiError as error:
-            logger.warning("%s/%s: a token cannot be checked: %s", *key, error)
-            return _answer(503, "the API server cannot be asked about the token")
-        if refusal:
-            logger.warning("%s/%s: a report was refused: %s", *key, refusal)
-            return _answer(403, refusal)
-        try:
-            content = Report.model_validate_json(await request.read())
-        except web.HTTPRequestEntityTooLarge:
-            return _answer(413, f"a report has at most {MAX_REPORT_BYTES} bytes")
-        except ValidationError as error:
-            first = error.errors(include_url=False, include_input=False)[0]
-            return _answer(400, f"{'.'.join(map(str, first['loc'])) or 'body'}: {first['msg']}")
-        attempt = jobs.current_attempt(key)
-        if attempt is None:
-            return _answer(503, "the job is not known yet")
-        if content.attempt != attempt:
-            return _answer(409, f"attempt {content.attempt} is over; the current one is {attempt}")
-        jobs.on_report(key, content)
-        return web.json_response({})
+            logger.warning("a token cannot be checked: %s", error, extra={"job": "/".join(key)})
+            raise RefusedError(503, "the API server cannot be asked about the token", 2) from error
+        if verdict.refusal:
+            logger.warning("a report was refused: %s", verdict.refusal, extra={"job": "/".join(key)})
+            raise RefusedError(403, verdict.refusal)
+        now = time.monotonic()
+        if not self._pods.take((key, verdict.pod), now):
+            wait = self._pods.wait((key, verdict.pod), now)
+            raise RefusedError(429, f"at most {POD_RATE:.0f} requests a second of one pod", wait)
+        return key, verdict
 
-    app = web.Application(client_max_size=MAX_REPORT_BYTES)
-    app.router.add_post(report_path("{namespace}", "{name}"), report)
-    return app
+
+def _parse(model: type[_Content], body: bytes) -> _Content:
+    try:
+        return model.model_validate_json(body)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        raise RefusedError(400, f"{'.'.join(map(str, first['loc'])) or 'body'}: {first['msg']}") from error
 
 
 async def serve(app: web.Application, port: int, context: ssl.SSLContext | None = None) -> web.AppRunner:
@@ -143,11 +219,9 @@ async def serve(app: web.Application, port: int, context: ssl.SSLContext | None 
 
     Raises OSError where the port is taken.
     """
-    runner = web.AppRunner(app, access_log=None, handle_signals=False, keepalive_timeout=75)
+    runner = web.AppRunner(
+        app, access_log=None, handle_signals=False, keepalive_timeout=75, shutdown_timeout=5
+    )
     await runner.setup()
     await web.TCPSite(runner, port=port, ssl_context=context).start()
     return runner
-
-
-def _answer(status: int, message: str) -> web.Response:
-    return web.json_response({"message": message}, status=status)

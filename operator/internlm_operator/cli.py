@@ -10,25 +10,18 @@ import ssl
 import sys
 import urllib.error
 import urllib.request
-from dataclasses import dataclass
-from datetime import UTC, datetime
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
-import kopf
 import typer
-from aiohttp import web
 
-from internlm_operator import __version__, channel, handlers, tls
-from internlm_operator.api import PLURAL
-from internlm_operator.controller import Controller
-from internlm_operator.kube import ApiError, Kube
+from internlm_operator import __version__, logs, tls
+from internlm_operator.kube import ApiError
 from internlm_operator.nodes import Signs, parse_signs
-from internlm_operator.objects import Settings, report_path
+from internlm_operator.objects import report_path
+from internlm_operator.serve import Options, serve
 
 OWN_NAMESPACE_FILE = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")
-CRD_POLL_SECONDS = 5.0
 CHECK_SECONDS = 10.0
 
 logger = logging.getLogger(__name__)
@@ -38,29 +31,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Runs InternLMJobs on Kubernetes.",
 )
-
-
-class LogFormat(StrEnum):
-    json = "json"
-    text = "text"
-
-
-@dataclass(frozen=True)
-class Options:
-    """What the process was started with."""
-
-    namespaces: list[str]
-    trainer_image: str
-    channel_port: int
-    service_name: str
-    service_namespace: str
-    service_port: int
-    secret_name: str
-    health_port: int
-    network_policy: dict[str, Any] | None
-    watch_nodes: bool
-    node_signs: Signs
-    max_excluded_percent: int
 
 
 @app.callback(invoke_without_command=True)
@@ -127,7 +97,7 @@ def run(
             envvar="INTERNLM_OPERATOR_LIVENESS",
             min=1,
             max=65535,
-            help="Port of /healthz and /readyz (HTTP).",
+            help="Port of /healthz, /readyz and /metrics (HTTP).",
         ),
     ] = 8080,
     network_policy: Annotated[
@@ -166,12 +136,35 @@ def run(
             help="Share of the nodes that jobs may leave out at once; one always, unless this is 0.",
         ),
     ] = 10,
+    pod_address: Annotated[
+        str,
+        typer.Option(
+            envvar="INTERNLM_OPERATOR_POD_IP",
+            help="Address of this replica, by which the others pass on reports while it leads.",
+        ),
+    ] = "127.0.0.1",
+    lease_seconds: Annotated[
+        int,
+        typer.Option(
+            envvar="INTERNLM_OPERATOR_LEASE_SECONDS",
+            min=2,
+            help="A leader that does not renew its Lease for so long is replaced by another replica.",
+        ),
+    ] = 10,
+    certificate_check_seconds: Annotated[
+        float,
+        typer.Option(
+            envvar="INTERNLM_OPERATOR_CERTIFICATE_CHECK_SECONDS",
+            min=1,
+            help="How often to see whether the channel's certificates are to be renewed.",
+        ),
+    ] = 3600,
     log_format: Annotated[
-        LogFormat, typer.Option(envvar="INTERNLM_OPERATOR_LOG_FORMAT", help="Form of the log's lines.")
-    ] = LogFormat.json,
+        logs.LogFormat, typer.Option(envvar="INTERNLM_OPERATOR_LOG_FORMAT", help="Form of the log's lines.")
+    ] = logs.LogFormat.json,
 ) -> None:
     """Watch InternLMJobs and run them, until SIGTERM or Ctrl-C. Jobs go on while no operator runs."""
-    _set_up_logging(log_format)
+    logs.set_up(log_format)
     namespaces = [name for name in namespace or [] if name]
     options = Options(
         [] if "all" in namespaces else namespaces,
@@ -186,6 +179,9 @@ def run(
         watch_nodes,
         _node_signs(node_condition or [], node_taint or [], node_label or []),
         max_excluded_percent,
+        pod_address,
+        lease_seconds,
+        certificate_check_seconds,
     )
     try:
         asyncio.run(serve(options))
@@ -218,95 +214,6 @@ def check(
     print(f"the job channel at {url} answers")
 
 
-async def serve(options: Options) -> None:
-    """Run the operator until a signal, or until a part of it fails.
-
-    Raises ApiError without access to the API server, tls.SecretError for a broken Secret, OSError for a port
-    that is taken.
-    """
-    ready = asyncio.Event()
-    async with await Kube.connect() as kube:
-        health = await channel.serve(_health(ready), options.health_port)
-        try:
-            await _wait_for_crd(kube, options.namespaces)
-            authority = await tls.load_authority(kube, options.service_namespace, options.secret_name)
-            await _serve_jobs(kube, authority, options, ready)
-        finally:
-            await health.cleanup()
-
-
-async def _serve_jobs(kube: Kube, authority: tls.KeyPair, options: Options, ready: asyncio.Event) -> None:
-    names = tls.service_names(options.service_name, options.service_namespace)
-    context = tls.server_context(tls.new_server(authority, names, datetime.now(UTC)))
-    url = f"https://{names[0]}:{options.service_port}"
-    authority_pem = authority.certificate_pem.decode()
-    settings = Settings(
-        options.trainer_image,
-        url,
-        authority_pem,
-        options.network_policy,
-        options.node_signs,
-        options.max_excluded_percent,
-    )
-    controller = Controller(kube, settings)
-    reports = channel.application(channel.Authenticator(kube, controller), controller)
-    server = await channel.serve(reports, options.channel_port, context)
-    logger.info(
-        "serving %s of %s; job channel at %s", PLURAL, ", ".join(options.namespaces) or "all namespaces", url
-    )
-    stop = asyncio.Event()
-    background = [
-        asyncio.create_task(controller.run(), name="workers"),
-        asyncio.create_task(tls.renew_certificate(context, authority, names), name="certificate"),
-    ]
-    for task in background:
-        # A part that fails takes the process down, and Kubernetes starts it again.
-        task.add_done_callback(lambda _: stop.set())
-    try:
-        await kopf.operator(
-            registry=handlers.registry(controller, options.watch_nodes),
-            settings=handlers.settings(),
-            standalone=True,
-            clusterwide=not options.namespaces,
-            namespaces=options.namespaces,
-            ready_flag=ready,
-            stop_flag=stop,
-        )
-    finally:
-        logger.info("stopping")
-        for task in background:
-            task.cancel()
-        await server.cleanup()
-        for result in await asyncio.gather(*background, return_exceptions=True):
-            if isinstance(result, Exception):
-                raise result
-
-
-async def _wait_for_crd(kube: Kube, namespaces: list[str]) -> None:
-    """kopf looks for the custom resource once, at its start; it may be installed after the operator."""
-    told = False
-    while not await kube.can_list_jobs(namespaces[0] if namespaces else None):
-        if not told:
-            logger.warning("waiting for the CustomResourceDefinition %s to be installed", PLURAL)
-        told = True
-        await asyncio.sleep(CRD_POLL_SECONDS)
-
-
-def _health(ready: asyncio.Event) -> web.Application:
-    async def healthz(_: web.Request) -> web.Response:
-        return web.Response(text="ok\n")
-
-    async def readyz(_: web.Request) -> web.Response:
-        if ready.is_set():
-            return web.Response(text="ok\n")
-        return web.Response(text="starting\n", status=503)
-
-    health = web.Application()
-    health.router.add_get("/healthz", healthz)
-    health.router.add_get("/readyz", readyz)
-    return health
-
-
 def _network_rules(text: str) -> dict[str, Any] | None:
     try:
         rules = json.loads(text) if text else None
@@ -332,30 +239,6 @@ def _own_namespace() -> str:
         return OWN_NAMESPACE_FILE.read_text().strip()
     except OSError:
         return "default"
-
-
-class _JsonFormatter(logging.Formatter):
-    """One object a line."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        line = {
-            "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
-            "level": record.levelname.lower(),
-            "logger": record.name,
-            "message": record.getMessage(),
-        }
-        if record.exc_info:
-            line["exception"] = self.formatException(record.exc_info)
-        return json.dumps(line)
-
-
-def _set_up_logging(format: LogFormat) -> None:
-    handler = logging.StreamHandler(sys.stderr)
-    text = logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s")
-    handler.setFormatter(_JsonFormatter() if format is LogFormat.json else text)
-    logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
-    # kopf has a line for each event that it hands on.
-    logging.getLogger("kopf.objects").setLevel(logging.WARNING)
 
 
 def main() -> None:

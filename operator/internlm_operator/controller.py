@@ -9,13 +9,17 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
+import random
 import time
 from collections import defaultdict
+from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any
 
+from internlm_operator import metrics
 from internlm_operator.api import API_VERSION, KIND, ExcludedNode
 from internlm_operator.kube import FIELD_MANAGER, ApiError, Kube
+from internlm_operator.limits import Buckets
 from internlm_operator.merge import merge_patch
 from internlm_operator.nodes import GONE, NodeHealth, health_of, shared
 from internlm_operator.objects import JOB_LABEL, Object, Settings, digest, shared_objects
@@ -41,6 +45,12 @@ RELIST_SECONDS = 5.0
 MAX_EVENT_MESSAGE = 1024
 # Deleted nodes that are remembered, until no pod is said to be on them any more.
 MAX_GONE_NODES = 1000
+# Looks at one job for its reports, a second.
+LOOKS_RATE, LOOKS_BURST = 1.0, 5.0
+# Status writes of all jobs that carry only progress, a second; what matters is never held back.
+PROGRESS_WRITES_RATE = 50.0
+# Events of one job: those of a normal life at once, then one in two minutes; what is beyond is in the log.
+EVENTS_RATE, EVENTS_BURST = 1 / 120, 25.0
 
 logger = logging.getLogger(__name__)
 
@@ -62,11 +72,19 @@ class Controller:
         self._reading: dict[Key, set[str]] = {}
         self._watched: set[str] = set()
         self._relisted_at = float("-inf")
+        self._looks: Buckets[Key] = Buckets(LOOKS_RATE, LOOKS_BURST)
+        self._progress_writes: Buckets[None] = Buckets(PROGRESS_WRITES_RATE, PROGRESS_WRITES_RATE)
+        self._events: Buckets[Key] = Buckets(EVENTS_RATE, EVENTS_BURST)
         self._queue = WorkQueue(self._reconcile)
 
-    async def run(self) -> None:
-        """Work on jobs until cancelled."""
-        await self._queue.run(WORKERS)
+    async def run(self, stop: asyncio.Event) -> None:
+        """Lead: work on jobs until `stop` or until cancelled."""
+        # Another replica may have led since: what was applied, refused or read before says nothing now.
+        for memory in (self._applied, self._refused, self._read_at):
+            memory.clear()
+        for key in self._jobs:
+            self._queue.add(key)
+        await self._queue.run(WORKERS, stop)
 
     # What the watches and the job channel tell
 
@@ -120,7 +138,29 @@ class Controller:
     def on_report(self, key: Key, report: Report) -> None:
         """A report that the job channel accepted."""
         self._reports[key] = (report, datetime.now(UTC))
-        self._queue.add(key)
+        now = time.monotonic()
+        # Of many reports of one job, one look a second at the newest is enough.
+        free = self._looks.take(key, now)
+        self._queue.add(key, after=0.0 if free else self._looks.wait(key, now))
+
+    def trust(self, bundle: str) -> None:
+        """Tell the workers of all jobs to trust these authorities on the job channel from now on."""
+        self._settings = replace(self._settings, channel_ca=bundle)
+        for key in self._jobs:
+            self._queue.add(key)
+
+    def jobs(self) -> list[Object]:
+        """All jobs, as last seen."""
+        return list(self._jobs.values())
+
+    def job_uid(self, key: Key) -> str | None:
+        """The job's uid; None for a job that is not known (yet)."""
+        job = self._jobs.get(key)
+        return job["metadata"]["uid"] if job else None
+
+    def last_report(self, key: Key) -> Report | None:
+        """The newest report that this process took."""
+        return self._reports[key][0] if key in self._reports else None
 
     def current_attempt(self, key: Key) -> int | None:
         """Number of the job's last attempt, 0 before the first; None for a job that is not known (yet)."""
@@ -137,6 +177,15 @@ class Controller:
     # Work on one job
 
     async def _reconcile(self, key: Key) -> float | None:
+        begun, result = time.monotonic(), "error"
+        try:
+            after = await self._look(key)
+            result = "done"
+            return after
+        finally:
+            metrics.RECONCILE.labels(result).observe(time.monotonic() - begun)
+
+    async def _look(self, key: Key) -> float | None:
         job = self._jobs.get(key)
         if job is None:
             return None
@@ -151,6 +200,9 @@ class Controller:
                 plan = reconcile(job, self._observe(key), datetime.now(UTC)) if job else Plan()
             if job is None:
                 return None
+            now = time.monotonic()
+            if plan.status is not None and not plan.important and not self._progress_writes.take(None, now):
+                return self._progress_writes.wait(None, now) + random.uniform(0.0, 1.0)  # noqa: S311
             repeat = await self._carry_out(key, job, plan)
         except ApiError as error:
             if error.code == 409:
@@ -201,7 +253,9 @@ class Controller:
         if plan.status is not None:
             patch = merge_patch(job.get("status") or {}, plan.status)
             if patch:
+                old = job.get("status") or {}
                 job = self._keep_job(key, await self._kube.patch_status(job, patch))
+                metrics.note_transition(old, job.get("status") or {}, datetime.now(UTC))
         limit = asyncio.Semaphore(PARALLEL_REQUESTS)
 
         async def limited(action: Action) -> None:
@@ -218,12 +272,14 @@ class Controller:
         except RefusedError as error:
             known = self._refused.get(key)
             self._refused[key] = Refusal(error.code, error.message)
-            logger.warning("%s/%s: pods were refused: %s", *key, error.message)
+            about = {"job": "/".join(key), "attempt": self.current_attempt(key), "reason": "PodsRefused"}
+            logger.warning("%s", error.message, extra=about)
             return known != self._refused[key]
         return False
 
     async def _do(self, job: Object, action: Action) -> None:
-        namespace = job["metadata"]["namespace"]
+        namespace, name = job["metadata"]["namespace"], job["metadata"]["name"]
+        about = {"job": f"{namespace}/{name}", "attempt": self.current_attempt((namespace, name))}
         match action:
             case Apply(manifest):
                 await self._kube.apply(manifest)
@@ -234,15 +290,19 @@ class Controller:
                     if error.code in REFUSALS:
                         raise RefusedError(error.code, error.message) from error
                     raise
-            case Delete(kind, name, uid, grace):
-                logger.info("%s/%s: deletes %s %s", namespace, job["metadata"]["name"], kind, name)
-                await self._kube.delete(kind, namespace, name, uid, grace)
-            case Event(_, reason, message):
-                logger.info("%s/%s: %s: %s", namespace, job["metadata"]["name"], reason, message)
+            case Delete(kind, other, uid, grace):
+                logger.info("deletes %s %s", kind, other, extra=about)
+                await self._kube.delete(kind, namespace, other, uid, grace)
+            case Event(type, reason, message):
+                level = logging.INFO if type == "Normal" else logging.WARNING
+                logger.log(level, "%s", message, extra=about | {"reason": reason})
+                if not self._events.take((namespace, name), time.monotonic()):
+                    metrics.EVENTS_DROPPED.inc()
+                    return
                 try:
                     await self._kube.create(_event(job, action))
                 except ApiError as error:
-                    logger.warning("%s/%s: no event: %s", namespace, job["metadata"]["name"], error)
+                    logger.warning("no event: %s", error, extra=about)
 
     # Caches
 

@@ -13,7 +13,8 @@ The rights that they need, and no others:
 | policy                | poddisruptionbudgets | create, patch                    | jobs' namespaces |
 | (core)                | nodes                | list, watch                      | cluster          |
 | authentication.k8s.io | tokenreviews         | create                           | cluster          |
-| (core)                | secrets              | create, get (by name)            | the operator's   |
+| (core)                | secrets              | create, get, update (by name)    | the operator's   |
+| coordination.k8s.io   | leases               | create, get, update (by name)    | the operator's   |
 
 Where the admission plugin OwnerReferencesPermissionEnforcement runs, `update` on internlmjobs/finalizers is
 needed too, since the operator sets blockOwnerDeletion.
@@ -22,6 +23,7 @@ needed too, since the operator sets blockOwnerDeletion.
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from types import TracebackType
 from typing import Self
 from urllib.parse import quote
@@ -30,10 +32,11 @@ import aiohttp
 from kubernetes.aio import client, config
 
 from internlm_operator.api import API_VERSION, KIND, PLURAL
+from internlm_operator.metrics import API_REQUESTS
 from internlm_operator.objects import JOB_LABEL, Object
 
 FIELD_MANAGER = "internlm-operator"
-TIMEOUT_SECONDS = 30
+TIMEOUT_SECONDS = 30.0
 _RESOURCES = {
     "Pod": ("/api/v1", "pods"),
     "Service": ("/api/v1", "services"),
@@ -42,6 +45,7 @@ _RESOURCES = {
     "Event": ("/api/v1", "events"),
     "NetworkPolicy": ("/apis/networking.k8s.io/v1", "networkpolicies"),
     "PodDisruptionBudget": ("/apis/policy/v1", "poddisruptionbudgets"),
+    "Lease": ("/apis/coordination.k8s.io/v1", "leases"),
     KIND: (f"/apis/{API_VERSION}", PLURAL),
 }
 
@@ -61,8 +65,13 @@ class Kube:
     Every method raises ApiError where the server refuses or cannot be reached.
     """
 
-    def __init__(self, api: client.ApiClient) -> None:
+    def __init__(self, api: client.ApiClient, seconds_left: Callable[[], float] | None = None) -> None:
         self._api = api
+        self._seconds_left = seconds_left
+
+    def fenced(self, seconds_left: Callable[[], float]) -> Kube:
+        """The same connection, writing only while `seconds_left()` is above 0, and no write takes longer."""
+        return Kube(self._api, seconds_left)
 
     @classmethod
     async def connect(cls) -> Self:
@@ -140,6 +149,12 @@ class Kube:
                 return None
             raise
 
+    async def replace(self, manifest: Object) -> Object:
+        """Make the object so if it is still the one read (by its resourceVersion); else ApiError with code 409."""
+        metadata = manifest["metadata"]
+        path = _path(manifest["kind"], metadata["namespace"], metadata["name"])
+        return await self._call("PUT", path, manifest, query=[("fieldManager", FIELD_MANAGER)])
+
     async def delete(
         self, kind: str, namespace: str, name: str, uid: str, grace_seconds: int | None = None
     ) -> None:
@@ -186,6 +201,7 @@ class Kube:
         query: list[tuple[str, str]] | None = None,
         content_type: str = "application/json",
     ) -> Object:
+        code: int | None = None
         try:
             request = await self._api.param_serialize(
                 method,
@@ -195,22 +211,47 @@ class Kube:
                 body=body,
                 auth_settings=["BearerToken"],
             )
-            response = await self._api.call_api(*request, _request_timeout=TIMEOUT_SECONDS)
+            seconds = TIMEOUT_SECONDS if method == "GET" else self._seconds_to_write()
+            response = await self._api.call_api(*request, _request_timeout=seconds)
             content = await response.read()  # type: ignore[no-untyped-call]
+            code = response.status
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
+            code = 0
             reason = str(error) or type(error).__name__
             raise ApiError(0, f"the API server cannot be reached: {reason}") from error
+        finally:
+            if code is not None:
+                API_REQUESTS.labels(*_verb_and_resource(method, path), code).inc()
         answer: Object
         try:
             answer = json.loads(content) if content else {}
         except ValueError:
             answer = {"message": content.decode(errors="replace")[:1024]}
-        if not 200 <= response.status <= 299:
-            raise ApiError(response.status, str(answer.get("message") or "refused without a reason"))
+        if not 200 <= code <= 299:
+            raise ApiError(code, str(answer.get("message") or "refused without a reason"))
         return answer
+
+    def _seconds_to_write(self) -> float:
+        left = TIMEOUT_SECONDS if self._seconds_left is None else self._seconds_left()
+        if left <= 0:
+            raise ApiError(0, "this replica does not lead (any more), and writes nothing")
+        return min(TIMEOUT_SECONDS, left)
 
 
 def _path(kind: str, namespace: str, name: str | None = None) -> str:
     folder, plural = _RESOURCES[kind]
     path = f"{folder}/namespaces/{quote(namespace)}/{plural}"
     return f"{path}/{quote(name)}" if name is not None else path
+
+
+_VERBS = {"GET": "get", "POST": "create", "PUT": "update", "PATCH": "patch", "DELETE": "delete"}
+
+
+def _verb_and_resource(method: str, path: str) -> tuple[str, str]:
+    """As in access rules: a subresource follows its resource after a slash."""
+    _, namespaced, rest = path.partition("/namespaces/")
+    if not namespaced:
+        return ("list" if method == "GET" else _VERBS[method]), path.rpartition("/")[2]
+    resource, name, *subresource = [*rest.split("/")[1:], ""]
+    verb = "list" if method == "GET" and not name else _VERBS[method]
+    return verb, "/".join([resource, *filter(None, subresource)])

@@ -10,6 +10,7 @@ from typing import Any
 
 import yaml
 
+from internlm_operator import kubeflow
 from internlm_operator.api import API_VERSION, FROZEN, GROUP, KIND, JobSpec
 from internlm_operator.failures import CONTAINER
 from internlm_operator.merge import strategic_merge
@@ -244,6 +245,9 @@ def _container(job: Object, spec: JobSpec, attempt: int, index: int, settings: S
         "INTERNLM_REPORT_URL": settings.channel_url + report_path(namespace, name),
         "INTERNLM_REPORT_TOKEN_FILE": f"{TOKEN_DIR}/token",
         "INTERNLM_REPORT_CA_FILE": f"{CONFIG_DIR}/ca.crt",
+        **kubeflow.environment(
+            settings.channel_url, namespace, name, f"{CONFIG_DIR}/ca.crt", f"{TOKEN_DIR}/token"
+        ),
         "INTERNLM_TERMINATION_LOG": "/dev/termination-log",
         # torchrun would kill processes that save a checkpoint after 30 s of the grace.
         "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(GRACE_SECONDS - 5),

@@ -14,6 +14,8 @@ from collections import deque
 from collections.abc import Awaitable, Callable, Hashable
 from typing import Generic, TypeVar
 
+from internlm_operator.metrics import QUEUE_DELAY, QUEUE_DEPTH
+
 MIN_DELAY = 0.2
 MAX_DELAY = 60.0
 
@@ -32,7 +34,7 @@ class WorkQueue(Generic[Key]):
     def __init__(self, work: Callable[[Key], Awaitable[float | None]]) -> None:
         self._work = work
         self._ready: deque[Key] = deque()
-        self._waiting: set[Key] = set()
+        self._waiting: dict[Key, float] = {}
         self._busy: set[Key] = set()
         self._again: set[Key] = set()
         self._timers: dict[Key, asyncio.TimerHandle] = {}
@@ -54,7 +56,7 @@ class WorkQueue(Generic[Key]):
         elif key in self._busy:
             self._again.add(key)
         elif key not in self._waiting:
-            self._waiting.add(key)
+            self._waiting[key] = loop.time()
             self._ready.append(key)
             self._wake.set()
 
@@ -66,19 +68,28 @@ class WorkQueue(Generic[Key]):
             self._failures[key] = (count, 0.0)
         self.add(key)
 
-    async def run(self, workers: int) -> None:
-        """Work until cancelled; what is being worked on then is cancelled too."""
+    async def run(self, workers: int, stop: asyncio.Event) -> None:
+        """Work until `stop`, and end what is being worked on then; if cancelled, that is cancelled too."""
         async with asyncio.TaskGroup() as group:
-            for _ in range(workers):
-                group.create_task(self._worker())
+            tasks = [group.create_task(self._worker(stop)) for _ in range(workers)]
+            waker = group.create_task(self._wake_at(stop))
+            await asyncio.wait(tasks)
+            waker.cancel()
 
-    async def _worker(self) -> None:
+    async def _wake_at(self, stop: asyncio.Event) -> None:
+        await stop.wait()
+        self._wake.set()
+
+    async def _worker(self, stop: asyncio.Event) -> None:
         while True:
-            while not self._ready:
+            while not self._ready and not stop.is_set():
                 self._wake.clear()
                 await self._wake.wait()
+            if stop.is_set():
+                return
+            QUEUE_DEPTH.observe(len(self._ready) - 1)
             key = self._ready.popleft()
-            self._waiting.discard(key)
+            QUEUE_DELAY.observe(asyncio.get_running_loop().time() - self._waiting.pop(key))
             self._busy.add(key)
             try:
                 await self._work_on(key)

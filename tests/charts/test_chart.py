@@ -283,8 +283,11 @@ def test_the_operator_may_do_what_it_does_and_nothing_else(rights: Any) -> None:
     assert may(cluster, "list nodes", "")
     assert may(cluster, "watch nodes", "")
     assert may(cluster, "create secrets", NAMESPACE)
-    assert may(cluster, "get secrets internlm-operator-channel", NAMESPACE)
-    assert not may(cluster, "get secrets another", NAMESPACE)
+    for verb in ("get", "update"):
+        assert may(cluster, f"{verb} secrets internlm-operator-channel", NAMESPACE)
+        assert not may(cluster, f"{verb} secrets another", NAMESPACE)
+        assert may(cluster, f"{verb} leases internlm-operator", NAMESPACE)
+        assert not may(cluster, f"{verb} leases another", NAMESPACE)
     assert not may(cluster, "create secrets", "chart-test-a")
 
 
@@ -348,7 +351,9 @@ def test_kubectl_installs_and_removes_all_of_it_with_one_file(control_plane: Clu
         pods = ("get", "pods", "--namespace=internlm-system", image)
         # The namespace enforces 'restricted': that there is a pod says that it was admitted.
         wait_until(
-            lambda: control_plane.kubectl(*pods) == "internlm-operator:0.1.0", "the operator's pod", 30
+            lambda: set(control_plane.kubectl(*pods).split()) == {"internlm-operator:0.1.0"},
+            "the operator's pods",
+            30,
         )
         assert "KIND" in control_plane.kubectl("explain", "internlmjob.spec.training.optimizer.lr")
     finally:

@@ -130,7 +130,7 @@ def test_a_hurt_job_ends_with_the_same_weights_to_the_bit(jobs: Jobs, operator: 
     # Nothing depends on one operator's life: the pods stay the same, and the next one reads on.
     gang = sorted(pod["metadata"]["uid"] for pod in jobs.objects("pods", name))
     place = f"--namespace={operator}"
-    cluster.kubectl("delete", "pods", "--all", place, "--force", "--grace-period=0")
+    cluster.kubectl("delete", "pods", "--all", place)
     step = status["progress"]["step"]
     jobs.wait(name, lambda status: status["progress"]["step"] > step, "news through the next operator")
     assert sorted(pod["metadata"]["uid"] for pod in jobs.objects("pods", name)) == gang

@@ -12,6 +12,7 @@ import ssl
 import subprocess
 import sys
 import time
+import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -51,6 +52,7 @@ class Process:
         ]
         command += ["--node-condition=GPUMissing=True"]
         command += [f"--channel-port={self.port}", f"--liveness={self.health}"]
+        command += ["--lease-seconds=3", "--certificate-check-seconds=1"]
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
                 command, env=environment | {"KUBECONFIG": str(self.kubeconfig)}, stdout=log, stderr=log
@@ -68,6 +70,17 @@ class Process:
             return 0
         finally:
             connection.close()
+
+    def metrics(self) -> dict[str, float]:
+        """All samples: `name{label="value",...}` with its value."""
+        with urllib.request.urlopen(f"http://127.0.0.1:{self.health}/metrics", timeout=10) as answer:
+            lines = answer.read().decode().splitlines()
+        pairs = (line.rpartition(" ") for line in lines if not line.startswith("#"))
+        return {name: float(value) for name, _, value in pairs}
+
+    @property
+    def leads(self) -> bool:
+        return self.metrics().get("internlm_operator_leader") == 1
 
     def kill(self) -> None:
         assert self.process is not None
@@ -210,24 +223,29 @@ class Here:
         answer = self.core.create_namespaced_service_account_token("default", NAMESPACE, request)
         return str(answer.status.token)
 
-    def send(self, name: str, body: bytes, token: str | None) -> tuple[int, dict[str, Any]]:
-        """POST to the channel as a pod would: by the service's name, trusting what the ConfigMap says."""
+    def send(
+        self, name: str, body: bytes, token: str | None, to: Process | None = None, path: str = ""
+    ) -> tuple[int, dict[str, Any]]:
+        """POST to a replica's channel as a pod would: by the service's name, trusting what the ConfigMap says."""
+        port = (to or self.operator).port
         data = self.core.read_namespaced_config_map(f"{name}-config", NAMESPACE).data
         context = ssl.create_default_context(cadata=data["ca.crt"])
         context.verify_flags |= ssl.VERIFY_X509_STRICT
-        connection = http.client.HTTPSConnection("127.0.0.1", self.operator.port, timeout=30, context=context)
+        connection = http.client.HTTPSConnection("127.0.0.1", port, timeout=30, context=context)
         connection.sock = context.wrap_socket(
-            socket.create_connection(("127.0.0.1", self.operator.port), timeout=30),
+            socket.create_connection(("127.0.0.1", port), timeout=30),
             server_hostname=f"internlm-operator.{NAMESPACE}.svc",
         )
         headers = {"Authorization": f"Bearer {token}"} if token is not None else {}
         try:
-            connection.request("POST", objects.report_path(NAMESPACE, name), body, headers)
+            connection.request("POST", path or objects.report_path(NAMESPACE, name), body, headers)
             answer = connection.getresponse()
             return answer.status, json.loads(answer.read())
         finally:
             connection.close()
 
-    def report(self, name: str, pod: str, **fields: Any) -> tuple[int, dict[str, Any]]:
+    def report(
+        self, name: str, pod: str, to: Process | None = None, **fields: Any
+    ) -> tuple[int, dict[str, Any]]:
         body = make_report(**fields).model_dump_json(by_alias=True).encode()
-        return self.send(name, body, self.token(pod, objects.audience(NAMESPACE, name)))
+        return self.send(name, body, self.token(pod, objects.audience(NAMESPACE, name)), to)

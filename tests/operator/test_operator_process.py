@@ -9,90 +9,19 @@ from __future__ import annotations
 import itertools
 import json
 import time
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import yaml
-from kubernetes import client, config
-from operator_process import NAMESPACE, TIMEOUT, Here, Process
+from kubernetes import client
+from operator_process import NAMESPACE, TIMEOUT, Here
 from operator_world import make_report, message
 
-from cluster.cluster import Cluster
 from cluster.controlplane import wait_until
-from internlm_operator import crd, kube, objects
+from internlm_operator import objects
 from internlm_operator.report import MAX_REPORT_BYTES
 
 pytestmark = pytest.mark.cluster
-
-
-def documented_rules(own: bool) -> list[dict[str, list[str]]]:
-    """The access rules of `kube`'s docstring; `own`: those for the operator's own namespace."""
-    rules = []
-    rows = [line for line in (kube.__doc__ or "").splitlines() if line.startswith("| ")]
-    for row in rows[1:]:
-        group, resources, verbs, where = (cell.strip() for cell in row.strip("|").split("|"))
-        if (where == "the operator's") == own:
-            rules.append(
-                {
-                    "apiGroups": ["" if group == "(core)" else group],
-                    "resources": resources.split(", "),
-                    "verbs": verbs.replace(" (by name)", "").split(", "),
-                }
-            )
-    return rules
-
-
-@pytest.fixture(scope="module")
-def here(control_plane: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Here]:
-    control_plane.kubectl("apply", "--filename=manifests/crd.yaml")
-    control_plane.kubectl("wait", "--for=condition=Established", f"crd/{crd.CRD_NAME}", "--timeout=30s")
-    subject = {"kind": "ServiceAccount", "name": "operator", "namespace": NAMESPACE}
-    rbac = {"apiVersion": "rbac.authorization.k8s.io/v1"}
-
-    def role(name: str, own: bool, kind: str, where: dict[str, str]) -> list[dict[str, Any]]:
-        reference = {"apiGroup": "rbac.authorization.k8s.io", "kind": kind, "name": name}
-        return [
-            rbac | {"kind": kind, "metadata": {"name": name, **where}, "rules": documented_rules(own)},
-            rbac
-            | {"kind": f"{kind}Binding", "metadata": {"name": name, **where}, "roleRef": reference}
-            | {"subjects": [subject]},
-        ]
-
-    restricted = {"pod-security.kubernetes.io/enforce": "restricted"}
-    control_plane.apply(
-        {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": NAMESPACE, "labels": restricted}},
-        {
-            "apiVersion": "v1",
-            "kind": "ServiceAccount",
-            "metadata": {"name": "operator", "namespace": NAMESPACE},
-        },
-        *role(f"{NAMESPACE}-jobs", False, "ClusterRole", {}),
-        *role("own", True, "Role", {"namespace": NAMESPACE}),
-    )
-    folder = tmp_path_factory.mktemp("operator")
-    admin = yaml.safe_load(control_plane.kubeconfig.read_text())
-    token = control_plane.kubectl("create", "token", "operator", f"--namespace={NAMESPACE}").strip()
-    admin["users"] = [{"name": user["name"], "user": {"token": token}} for user in admin["users"]]
-    (folder / "kubeconfig").write_text(yaml.safe_dump(admin))
-    operator = Process(folder, folder / "kubeconfig")
-    default = (
-        "get",
-        "serviceaccount",
-        "default",
-        f"--namespace={NAMESPACE}",
-        "--ignore-not-found",
-        "--output=name",
-    )
-    wait_until(lambda: control_plane.kubectl(*default), "the default service account", 60)
-    operator.start()
-    with config.new_client_from_config(str(control_plane.kubeconfig)) as connection:
-        yield Here(connection, operator)
-    code, log = operator.stop(), operator.log.read_text()
-    control_plane.kubectl("delete", "namespace", NAMESPACE, "--wait=false")
-    assert code == 0, log[-3000:]
-    assert "Traceback" not in log, log
-    assert "cannot" not in log.lower().replace("cannot be", ""), "a right is missing"
 
 
 def test_a_job_lives_from_pending_to_succeeded(here: Here) -> None:

@@ -19,7 +19,7 @@ def run(work: Work, script: Script, workers: int = 2) -> None:
 
     async def main() -> None:
         queue = WorkQueue(work)
-        task = asyncio.create_task(queue.run(workers))
+        task = asyncio.create_task(queue.run(workers, asyncio.Event()))
         await asyncio.wait_for(script(queue), timeout=30)
         assert not task.done()
         task.cancel()
@@ -116,3 +116,29 @@ def test_work_comes_back_after_the_seconds_that_it_asked_for() -> None:
     run(work, script)
     assert len(times) == 3
     assert times[2] - times[0] >= 0.09
+
+
+def test_what_is_under_way_is_ended_at_a_stop_and_nothing_else_is_begun() -> None:
+    done: list[str] = []
+
+    async def main() -> None:
+        started, release, stop = asyncio.Event(), asyncio.Event(), asyncio.Event()
+
+        async def work(key: str) -> None:
+            started.set()
+            await release.wait()
+            done.append(key)
+
+        queue = WorkQueue(work)
+        task = asyncio.create_task(queue.run(1, stop))
+        queue.add("a")
+        queue.add("b")
+        await started.wait()
+        stop.set()
+        await asyncio.sleep(0.01)
+        assert not task.done()
+        release.set()
+        await asyncio.wait_for(task, timeout=10)
+
+    asyncio.run(main())
+    assert done == ["a"]
