@@ -129,5 +129,5 @@ class JobMetrics(Collector):
 def _numbers(goodput: Any) -> Iterable[tuple[str, float]]:
     if isinstance(goodput, dict):
         for state, seconds in goodput.items():
-            if isinstance(seconds, int | float):
-                yield str(state).removesuffix("Seconds"), float(seconds)
+            if state.endswith("Seconds") and isinstance(seconds, int | float):
+                yield state.removesuffix("Seconds"), float(seconds)

@@ -59,6 +59,7 @@ PROGRAMS = {
     "ctr": Program("containerd", "github.com/containerd/containerd/v2/cmd/ctr"),
     "coredns": Program("coredns", "github.com/coredns/coredns"),
     "helm": Program("helm", "helm.sh/helm/v4/cmd/helm"),
+    "kwok": Program("kwok", "sigs.k8s.io/kwok/cmd/kwok"),
 }
 CONTROL_PLANE = ("kubernetes", "minio")
 NODE = ("containerd", "containerd-shim-runc-v2", "ctr", "coredns", "pause", "helm")

@@ -30,13 +30,13 @@ def status(restarts: int, running: bool, restarting: bool, since: datetime = NOW
 
     return {
         "restarts": restarts,
-        "lastFailure": {"reason": "Evicted"},
+        "lastFailure": {"class": "Preemption", "reason": "Evicted"},
         "conditions": [condition("Running", running), condition("Restarting", restarting)],
     }
 
 
 def test_a_restart_is_counted_once_and_its_recovery_timed_until_all_workers_run() -> None:
-    restarts = value("internlm_operator_restarts_total", reason="Evicted")
+    restarts = value("internlm_operator_restarts_total", reason="Preemption")
     recoveries = value("internlm_operator_recovery_seconds_count")
     seconds = value("internlm_operator_recovery_seconds_sum")
     before, failed = status(0, True, False), status(1, False, True)
@@ -44,7 +44,7 @@ def test_a_restart_is_counted_once_and_its_recovery_timed_until_all_workers_run(
     metrics.note_transition(failed, failed, NOW + timedelta(seconds=5))
     metrics.note_transition(failed, status(1, True, False), NOW + timedelta(seconds=17))
     metrics.note_transition(status(1, True, False), status(1, True, False), NOW + timedelta(seconds=20))
-    assert value("internlm_operator_restarts_total", reason="Evicted") == restarts + 1
+    assert value("internlm_operator_restarts_total", reason="Preemption") == restarts + 1
     assert value("internlm_operator_recovery_seconds_count") == recoveries + 1
     assert value("internlm_operator_recovery_seconds_sum") == seconds + 17
 
@@ -55,7 +55,7 @@ def test_jobs_are_shown_by_the_leader_alone() -> None:
 
     jobs = [
         job("one", phase="Running", checkpoint={"time": stamp(NOW - timedelta(seconds=90))}),
-        job("two", phase="Running", goodput={"productiveSeconds": 40, "hungSeconds": 2}),
+        job("two", phase="Running", goodput={"productiveSeconds": 40, "hungSeconds": 2, "furthestStep": 7}),
         job("three", phase="Failed", checkpoint={"time": stamp(NOW)}),
     ]
     leads = True
@@ -68,6 +68,8 @@ def test_jobs_are_shown_by_the_leader_alone() -> None:
     assert registry.get_sample_value("internlm_job_checkpoint_age_seconds", labels | {"job": "three"}) is None
     spent = labels | {"job": "two", "state": "productive"}
     assert registry.get_sample_value("internlm_job_goodput_seconds", spent) == 40
+    states = {s.labels["state"] for m in registry.collect() for s in m.samples if "state" in s.labels}
+    assert states == {"productive", "hung"}
     leads = False
     assert registry.get_sample_value("internlm_operator_leader") == 0
     assert registry.get_sample_value("internlm_operator_jobs", {"phase": "Running"}) is None
