@@ -55,7 +55,7 @@ class Row:
 
 
 HEADER = """\
-| what | size | s until all run | s from a failure until all are replaced | reconcile p50 ms | p99 | queue delay p50 ms \
+| what | size | s until all run | s from a failure until all replaced | reconcile p50 ms | p99 | queue delay p50 ms \
 | p99 | API calls a pod | KB a pod |
 |---|---|---|---|---|---|---|---|---|---|"""
 

@@ -10,7 +10,7 @@ import asyncio
 import logging
 import ssl
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Protocol, TypeVar
 
 import aiohttp
@@ -88,13 +88,21 @@ class Channel:
         self._leader, self._trust = leader, trust
         self._pods: Buckets[tuple[Key, str]] = Buckets(POD_RATE, POD_BURST)
         self._under_way = 0
+        self._session: aiohttp.ClientSession
 
     def application(self) -> web.Application:
         app = web.Application(client_max_size=MAX_REPORT_BYTES, middlewares=[self._shape, self._pass_on])
+        app.cleanup_ctx.append(self._connect)
         app.router.add_post(report_path("{namespace}", "{name}"), self._report, name="report")
         path = kubeflow.status_path("{namespace}", "{name}")
         app.router.add_post(path, self._kubeflow_status, name="kubeflow")
         return app
+
+    async def _connect(self, _: web.Application) -> AsyncIterator[None]:
+        """Keep connections to the leader open."""
+        timeout = aiohttp.ClientTimeout(total=FORWARD_SECONDS)
+        async with aiohttp.ClientSession(timeout=timeout, trust_env=False) as self._session:
+            yield
 
     # Around every request
 
@@ -135,19 +143,16 @@ class Channel:
             if name in request.headers
         }
         url = URL.build(scheme="https", authority=address, path=request.rel_url.raw_path, encoded=True)
-        timeout = aiohttp.ClientTimeout(total=FORWARD_SECONDS)
+        body = await request.read()
         try:
-            async with (
-                aiohttp.ClientSession(timeout=timeout, trust_env=False) as session,
-                session.post(
-                    url,
-                    data=await request.read(),
-                    headers=headers | {FORWARDED: "1"},
-                    ssl=self._trust.client,
-                    server_hostname=self._trust.names[0],
-                    allow_redirects=False,
-                ) as answer,
-            ):
+            async with self._session.post(
+                url,
+                data=body,
+                headers=headers | {FORWARDED: "1"},
+                ssl=self._trust.client,
+                server_hostname=self._trust.names[0],
+                allow_redirects=False,
+            ) as answer:
                 return web.Response(
                     body=await answer.read(), status=answer.status, content_type=answer.content_type
                 )
@@ -161,14 +166,14 @@ class Channel:
 
     async def _report(self, request: web.Request) -> web.Response:
         key, _ = await self._authenticate(request)
-        report = _parse(Report, await request.read())
+        report = parse(Report, await request.read())
         self._accept(key, report)
         return web.json_response({})
 
     async def _kubeflow_status(self, request: web.Request) -> web.Response:
         key, verdict = await self._authenticate(request)
         body = await request.read()
-        content = _parse(kubeflow.ProgressStatus, body)
+        content = parse(kubeflow.ProgressStatus, body)
         last = self._jobs.last_report(key)
         of_attempt = last if last is not None and last.attempt == verdict.attempt else None
         report = kubeflow.to_report(content, verdict.attempt, of_attempt)
@@ -206,7 +211,7 @@ class Channel:
         return key, verdict
 
 
-def _parse(model: type[_Content], body: bytes) -> _Content:
+def parse(model: type[_Content], body: bytes) -> _Content:
     try:
         return model.model_validate_json(body)
     except ValidationError as error:

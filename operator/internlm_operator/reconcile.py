@@ -32,6 +32,7 @@ from internlm_operator.plan import Apply, Create, Delete, Draft, Observed, Plan,
 from internlm_operator.recovery import Verdict, decide, note_failure, restart_delay
 from internlm_operator.status import (
     MAX_ATTEMPTS,
+    condition,
     current_attempt,
     holds,
     reset_budget,
@@ -48,6 +49,11 @@ REFUSED_RETRY_SECONDS = 10
 # How long a gang looks for nodes while some are left out, and what its attempt ends with then.
 STUCK_SECONDS = 120
 STUCK = "Unschedulable"
+# Reasons of the condition Running that need nobody's help.
+_NO_PROBLEMS = (
+    *("WorkersPending", "WorkersStarting", "WorkersRunning"),
+    *("WaitingToRestart", "OldWorkersTerminating", "Suspended"),
+)
 # Why a container waits when nothing is wrong.
 _HARMLESS_WAITS = ("", "PodInitializing", "ContainerCreating")
 
@@ -362,10 +368,10 @@ def _wait_for_start(draft: Draft, spec: JobSpec, missing: list[int]) -> Plan:
     scheduled = [pod for pod in gang if (pod.get("spec") or {}).get("nodeName")]
     count = f"of {spec.nodes} workers"
     if missing and refused is not None:
-        draft.say("Running", False, "PodsRefused", refused.message)
+        _complain(draft, "PodsRefused", refused.message)
         draft.wake(REFUSED_RETRY_SECONDS)
     elif problem is not None:
-        draft.say("Running", False, *problem)
+        _complain(draft, *problem)
     elif len(scheduled) < spec.nodes:
         draft.say("Running", False, "WorkersPending", f"{len(scheduled)} {count} have a node.")
     else:
@@ -378,14 +384,22 @@ def _wait_for_start(draft: Draft, spec: JobSpec, missing: list[int]) -> Plan:
     return draft.plan("Starting" if len(scheduled) == spec.nodes else "Pending")
 
 
+def _complain(draft: Draft, reason: str, message: str) -> None:
+    """Say what keeps the workers from starting; by an Event too, if nothing did before."""
+    old = condition(draft.stored, "Running")
+    if old is None or old.reason in _NO_PROBLEMS:
+        draft.event("Warning", reason, message)
+    draft.say("Running", False, reason, message)
+
+
 def _start_problem(pod: Pod) -> tuple[str, str] | None:
     """(reason, sentence) of what keeps a pod from starting, in the scheduler's or the kubelet's words."""
     status = pod.get("status") or {}
     name = pod["metadata"]["name"]
-    for condition in status.get("conditions") or []:
-        unscheduled = condition.get("type") == "PodScheduled" and condition.get("status") == "False"
-        if unscheduled and condition.get("reason") == "Unschedulable":
-            return "Unschedulable", f"{name}: {condition.get('message') or 'no node fits.'}"
+    for found in status.get("conditions") or []:
+        unscheduled = found.get("type") == "PodScheduled" and found.get("status") == "False"
+        if unscheduled and found.get("reason") == "Unschedulable":
+            return "Unschedulable", f"{name}: {found.get('message') or 'no node fits.'}"
     for container in (status.get("initContainerStatuses") or []) + (status.get("containerStatuses") or []):
         waiting = (container.get("state") or {}).get("waiting") or {}
         if waiting.get("reason", "") not in _HARMLESS_WAITS:

@@ -140,6 +140,12 @@ def test_what_keeps_a_worker_from_starting_is_said_in_the_words_of_who_saw_it(
     world.settle()
     assert world.condition("Running")["reason"] == reason
     assert "job-worker-1: 0/2 nodes are available" in world.condition("Running")["message"]
+    for other in ("ErrImagePull", "ImagePullBackOff"):  # as the kubelet says by turns: no new Event each time
+        world.pod(1)["status"]["containerStatuses"] = [
+            {"name": "trainer", "state": {"waiting": {"reason": other}}}
+        ]
+        world.settle()
+    assert [event.reason for event in world.events if event.type == "Warning"] == [reason]
     world.run(0, 1)
     world.settle()
     assert world.condition("Running")["status"] == "True"

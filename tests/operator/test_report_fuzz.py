@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from operator_world import World, make_report
 
-from internlm_operator import kubeflow
+from internlm_operator import channel, kubeflow
 from internlm_operator.api import JobStatus
-from internlm_operator.channel import RefusedError, _parse
+from internlm_operator.channel import RefusedError
 from internlm_operator.report import Report
 from internlm_operator.status import dump_status, parse_status
 
@@ -83,7 +83,7 @@ def _integers(value: Any) -> list[int]:
 def parse(model: type[Any], body: bytes) -> Any:
     refused: RefusedError | None = None
     try:
-        return _parse(model, body)
+        return channel.parse(model, body)
     except RefusedError as error:
         refused = error
     assert refused.response.status == 400
