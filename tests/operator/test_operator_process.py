@@ -74,7 +74,7 @@ def test_a_dead_worker_restarts_the_gang(here: Here) -> None:
 
 
 def test_an_operator_that_is_killed_at_any_moment_of_a_restart_makes_no_difference(here: Here) -> None:
-    here.create("killed", nodes=3, recovery={"maxRestarts": 100})
+    here.create("killed", nodes=3, recovery={"maxRestarts": 100, "maxAttemptsWithoutProgress": 100})
     for attempt in range(1, 5):
         # Killed a little later each time: while it writes the status, deletes, waits, makes pods.
         here.wait_gang("killed", attempt, nodes=3)
