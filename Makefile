@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help run test lint format crd install-manifest clean
+.PHONY: help run test lint format crd install-manifest scan clean
 .DEFAULT_GOAL := help
 
 help: ## show this
@@ -37,6 +37,16 @@ crd: .venv/ready ## write the CRD from the models
 
 install-manifest: .venv/ready ## write manifests/install.yaml, the chart's README and golden renders from the chart
 	@$(BIN)/python manifests/install.py
+
+.venv/scanners/ready:
+	@$(PYTHON) -m venv .venv/scanners
+	@.venv/scanners/bin/python -m pip install --quiet --disable-pip-version-check bandit checkov pip-audit
+	@touch $@
+
+scan: .venv/ready .venv/scanners/ready ## look for weaknesses in code, manifests and dependencies (docs/security.md)
+	@.venv/scanners/bin/bandit --quiet --recursive --configfile pyproject.toml operator trainer manifests
+	@.venv/scanners/bin/checkov --config-file .checkov.yaml
+	@.venv/scanners/bin/pip-audit --path $$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
 
 clean: ## remove the environment and what the quickstart wrote
 	rm -rf .venv runs

@@ -200,6 +200,8 @@ def check(
     ca_file: Annotated[Path, typer.Option(help="PEM of the authority that signed its certificate.")],
 ) -> None:
     """Ask the job channel for an answer as a worker would, but without a token: it must refuse just that."""
+    if not url.startswith("https://"):
+        sys.exit(f"{url} is no address of a job channel: it begins with https://")
     address = url.rstrip("/") + report_path("none", "none")
     request = urllib.request.Request(address, method="POST", data=b"{}")  # noqa: S310
     try:
