@@ -57,7 +57,7 @@ KEY = re.compile(r"^( *)([A-Za-z]+):")
 def template(helm: str, *arguments: str) -> str:
     """The objects of the chart, as helm would make them."""
     command = [helm, "template", "internlm-operator", str(CHART), f"--namespace={NAMESPACE}", *arguments]
-    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
 
 
 def install_manifest(helm: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -14,45 +15,12 @@ import pytest
 import typer
 import yaml
 
-from cluster import binaries
+from charts.chart import CHART, NAMESPACE, ROOT, pod_template, render
 from cluster.cluster import Cluster
 from cluster.controlplane import wait_until
-from internlm_operator import cli, objects
+from internlm_operator import api, cli, objects
 
-ROOT = Path(__file__).resolve().parents[2]
-CHART = ROOT / "charts" / "internlm-operator"
-NAMESPACE = "chart-test"
 ACCOUNT = f"system:serviceaccount:{NAMESPACE}:internlm-operator"
-
-
-@pytest.fixture(scope="module")
-def helm() -> str:
-    """A helm: the one on the PATH, or the test cluster's."""
-    found = shutil.which("helm")
-    if found is None:
-        reason = binaries.unavailable(nodes=False)
-        if reason:
-            pytest.skip(f"no helm on the PATH, and none can be built: {reason}")
-        found = str(binaries.ensure(["helm"], binaries.progress())["helm"])
-    return found
-
-
-def render(helm: str, *arguments: str) -> list[dict[str, Any]]:
-    """The chart's objects; RuntimeError with helm's words if it refuses."""
-    done = subprocess.run(
-        [helm, "template", "internlm-operator", str(CHART), f"--namespace={NAMESPACE}", *arguments],
-        capture_output=True,
-        text=True,
-    )
-    if done.returncode:
-        raise RuntimeError(done.stderr)
-    return [document for document in yaml.safe_load_all(done.stdout) if document]
-
-
-def pod_template(objects: list[dict[str, Any]]) -> dict[str, Any]:
-    [deployment] = [o for o in objects if o["kind"] == "Deployment"]
-    template: dict[str, Any] = deployment["spec"]["template"]
-    return template
 
 
 def test_helm_lint_finds_nothing(helm: str) -> None:
@@ -155,7 +123,7 @@ def test_the_service_is_where_the_workers_are_told_to_report(helm: str) -> None:
     [service] = [o for o in rendered if o["kind"] == "Service"]
     template = pod_template(rendered)
     assert service["spec"]["selector"].items() <= template["metadata"]["labels"].items()
-    [port] = service["spec"]["ports"]
+    [port] = [port for port in service["spec"]["ports"] if port["name"] == "https"]
     assert port["port"] == 9443
     [container] = template["spec"]["containers"]
     assert port["targetPort"] in {p["name"] for p in container["ports"]}
@@ -324,11 +292,7 @@ def test_the_pod_security_standard_restricted_admits_the_operator(rights: Any, h
 @pytest.mark.parametrize("name", ["full", "namespaced"])
 def test_a_real_api_server_takes_every_object(installed: Cluster, name: str) -> None:
     """All but those of the Prometheus operator, whose definitions are not installed."""
-    made = [
-        o
-        for o in yaml.safe_load_all((CHART.parents[1] / f"tests/charts/golden/{name}.yaml").read_text())
-        if o
-    ]
+    made = [o for o in yaml.safe_load_all((ROOT / f"tests/charts/golden/{name}.yaml").read_text()) if o]
     rules = parse(pod_template(made)["spec"]["containers"][0]["args"])["network_policy"]
     for manifest in made:
         manifest["metadata"]["namespace"] = NAMESPACE
@@ -341,6 +305,44 @@ def test_a_real_api_server_takes_every_object(installed: Cluster, name: str) -> 
         installed.kubectl(
             "create", "--dry-run=server", "--validate=strict", "--filename=-", input=json.dumps(manifest)
         )
+
+
+@pytest.mark.cluster
+def test_helm_upgrades_the_definition_and_leaves_it_with_the_jobs(
+    installed: Cluster, helm: str, tmp_path: Path
+) -> None:
+    """From a chart whose definition is older by a field, over an uninstallation, to an installation anew."""
+    older = shutil.copytree(CHART, tmp_path / "older")
+    file = older / "templates" / "crd.yaml"
+    text = file.read_text()
+    file.write_text(re.sub(r"^( +)ttlSecondsAfterFinished:\n(\1 .*\n)+", "", text, count=1, flags=re.MULTILINE))
+    assert file.read_text() != text
+    job = {
+        "apiVersion": api.API_VERSION,
+        "kind": api.KIND,
+        "metadata": {"name": "kept", "namespace": NAMESPACE},
+    }
+
+    def run(*arguments: str) -> None:
+        place = (f"--kubeconfig={installed.kubeconfig}", f"--namespace={NAMESPACE}")
+        environment = {"PATH": "/usr/bin:/bin", "HOME": str(tmp_path)}
+        done = subprocess.run([helm, *arguments, *place], env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+
+    def known() -> bool:
+        return "ttlSecondsAfterFinished" in installed.kubectl("explain", "internlmjob.spec")
+
+    run("install", "upgraded", str(older), "--take-ownership", "--force-conflicts")
+    wait_until(lambda: not known(), "the older definition", 30)
+    spec = yaml.safe_load((ROOT / "manifests/examples/internlm-7b.yaml").read_text())["spec"]
+    installed.apply(job | {"spec": {name: value for name, value in spec.items() if name != "ttlSecondsAfterFinished"}})
+    run("upgrade", "upgraded", str(CHART))
+    wait_until(known, "the newer definition", 30)
+    run("uninstall", "upgraded")
+    assert "kept" in installed.kubectl("get", "ilj", f"--namespace={NAMESPACE}", "--output=name")
+    run("install", "upgraded", str(CHART))
+    run("uninstall", "upgraded")
+    installed.kubectl("delete", "ilj", "kept", f"--namespace={NAMESPACE}")
 
 
 @pytest.mark.cluster

@@ -7,6 +7,7 @@ session whose tests use both gets one cluster for both. Skips, with the reason, 
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from functools import cache
@@ -43,6 +44,18 @@ def control_plane(request: pytest.FixtureRequest) -> Iterator[Cluster]:
         pytest.skip(reason)
     with running(nodes=0) as started:
         yield started
+
+
+@pytest.fixture(scope="session")
+def helm() -> str:
+    """A helm: the one on the PATH, or the test cluster's."""
+    found = shutil.which("helm")
+    if found is None:
+        reason = binaries.unavailable(nodes=False)
+        if reason:
+            pytest.skip(f"no helm on the PATH, and none can be built: {reason}")
+        found = str(binaries.ensure(["helm"], binaries.progress())["helm"])
+    return found
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)

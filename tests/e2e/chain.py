@@ -26,9 +26,23 @@ from internlm_operator.api import API_VERSION, KIND
 
 Manifest = dict[str, Any]
 SECRET = "s3-credentials"
+OPERATOR_NAMESPACE = "internlm-system"
 # One restart costs the start of 4 processes and 2 agents on the machine's few cores.
 START_SECONDS = 120
 STEPS = 300
+
+
+def helm(cluster: Cluster, command: str, *arguments: str) -> None:
+    """Run helm in the operator's namespace; RuntimeError with its words."""
+    place = (f"--kubeconfig={cluster.kubeconfig}", f"--namespace={OPERATOR_NAMESPACE}")
+    done = subprocess.run(
+        [str(cluster.helm), command, *arguments, *place],
+        env={"PATH": "/usr/bin:/bin", "HOME": str(cluster.root)},
+        capture_output=True,
+        text=True,
+    )
+    if done.returncode:
+        raise RuntimeError(f"{done.stdout}{done.stderr}")
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,10 +11,9 @@ import pytest
 from cluster import binaries, images
 from cluster.cluster import Cluster
 from cluster.controlplane import wait_until
-from e2e.chain import SECRET, Jobs
+from e2e.chain import OPERATOR_NAMESPACE, SECRET, Jobs, helm
 
 ROOT = Path(__file__).resolve().parents[2]
-OPERATOR_NAMESPACE = "internlm-system"
 NAMESPACE = "team-a"
 TAGS = {target: f"localhost/internlm-{target}" for target in ("operator", "trainer")}
 # Real text that every machine has: about half a megabyte of Python's standard library.
@@ -58,27 +56,23 @@ def operator(cluster: Cluster, built: dict[str, Path]) -> Iterator[str]:  # noqa
     chart = str(ROOT / "charts" / "internlm-operator")
     try:
         # Another test of this session may have applied the definition by kubectl.
-        helm(cluster, "install", "internlm-operator", chart, *settings, "--take-ownership", "--timeout=120s")
+        helm(
+            cluster,
+            "install",
+            "internlm-operator",
+            chart,
+            *settings,
+            "--take-ownership",
+            "--timeout=120s",
+            "--wait",
+        )
     except RuntimeError as error:
         about = cluster.kubectl("describe", "pods", f"--namespace={OPERATOR_NAMESPACE}")
         logs = ("logs", "deployment/internlm-operator", f"--namespace={OPERATOR_NAMESPACE}")
         pytest.fail(f"{error}\n{about}\n{cluster.kubectl(*logs, check=False)}")
     yield OPERATOR_NAMESPACE
-    helm(cluster, "uninstall", "internlm-operator")
+    helm(cluster, "uninstall", "internlm-operator", "--wait")
     cluster.kubectl("delete", "namespace", OPERATOR_NAMESPACE, "--wait=false")
-
-
-def helm(cluster: Cluster, command: str, *arguments: str) -> None:
-    """Run helm in the operator's namespace and wait for the outcome; RuntimeError with its words."""
-    place = (f"--kubeconfig={cluster.kubeconfig}", f"--namespace={OPERATOR_NAMESPACE}")
-    done = subprocess.run(
-        [str(cluster.helm), command, *arguments, *place, "--wait"],
-        env={"PATH": "/usr/bin:/bin", "HOME": str(cluster.root)},
-        capture_output=True,
-        text=True,
-    )
-    if done.returncode:
-        raise RuntimeError(f"{done.stdout}{done.stderr}")
 
 
 @pytest.fixture(scope="module")

@@ -13,8 +13,9 @@ from pathlib import Path
 
 import pytest
 
+from cluster.cluster import Cluster
 from cluster.controlplane import wait_until
-from e2e.chain import START_SECONDS, STEPS, Jobs, Manifest, Row, rows
+from e2e.chain import START_SECONDS, STEPS, Jobs, Manifest, Row, helm, rows
 
 # The first test also waits for the images to be built.
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(900)]
@@ -51,6 +52,13 @@ def test_the_images_hold_what_each_needs_and_not_torch(built: dict[str, Path], t
             p for p in paths if p.suffix in (".pyc", ".whl") or {"cache", "source", "tmp"} & set(p.parts[:2])
         ]
         assert waste == []
+
+
+def test_helm_finds_the_installation_well(cluster: Cluster, operator: str) -> None:
+    """From a pod, by the Service's name, with the certificate that the operator made."""
+    helm(cluster, "test", "internlm-operator", "--timeout=60s")
+    left = cluster.kubectl("get", "pods", f"--namespace={operator}", "--output=name")
+    assert "internlm-operator-test" not in left
 
 
 @dataclass(frozen=True)

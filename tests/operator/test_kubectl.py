@@ -171,8 +171,8 @@ def test_describe_tells_what_failed(plugin: Plugin) -> None:
 
 def test_logs_are_those_of_the_worker_that_failed_first(plugin: Plugin) -> None:
     lines = plugin("logs", "hurt").splitlines()
-    assert lines[0] == "hurt-worker-1 failed first: Error: CUDA error: Xid 79"
-    assert lines[1:] == [f"[2-3] {line}" for line in LOGS["hurt-worker-1"]]
+    lines.remove("hurt-worker-1 failed first: Error: CUDA error: Xid 79")  # on stderr
+    assert lines == [f"[2-3] {line}" for line in LOGS["hurt-worker-1"]]
     assert plugin("logs", "hurt", "--worker=0", "--tail=1").splitlines() == ["[0-1] lost worker 1"]
     together = plugin("logs", "hurt", "--all", "--follow").splitlines()
     assert sorted(together) == sorted(
