@@ -15,6 +15,8 @@ from internlm_operator.objects import JOB_LABEL, Object
 
 CONNECT_SECONDS = 10.0
 READ_SECONDS = 60.0
+# The client has no way to say "for ever" beside a limit for connecting.
+FOLLOW_SECONDS = 30 * 86400.0
 OPERATOR_SELECTOR = "app.kubernetes.io/name=internlm-operator"
 
 
@@ -101,7 +103,7 @@ class Access:
             **({"follow": True} if follow else {}),
             **({"tail_lines": tail} if tail is not None else {}),
             **({"limit_bytes": limit} if limit is not None else {}),
-            _request_timeout=(CONNECT_SECONDS, None if follow else READ_SECONDS),
+            _request_timeout=(CONNECT_SECONDS, FOLLOW_SECONDS if follow else READ_SECONDS),
         )
         rest = b""
         try:
