@@ -162,7 +162,8 @@ def test_who_the_network_policies_let_in(helm: str) -> None:
     [policy] = [o for o in rendered if o["kind"] == "NetworkPolicy"]
     labels = pod_template(rendered)["metadata"]["labels"]
     assert policy["spec"]["podSelector"]["matchLabels"].items() <= labels.items()
-    [worker, test] = policy["spec"]["ingress"][0]["from"]
+    [replica, worker, test] = policy["spec"]["ingress"][0]["from"]
+    assert replica["podSelector"]["matchLabels"].items() <= labels.items()
     assert worker["podSelector"]["matchExpressions"] == [{"key": objects.JOB_LABEL, "operator": "Exists"}]
     [pod] = [o for o in rendered if o["kind"] == "Pod"]
     assert test["podSelector"]["matchLabels"].items() <= pod["metadata"]["labels"].items()
@@ -181,7 +182,7 @@ def test_the_test_asks_the_service_for_the_channel(helm: str) -> None:
     assert options["url"] == f"https://internlm-operator.{NAMESPACE}.svc:9443"
     [volume] = pod["spec"]["volumes"]
     secret = parse(pod_template(rendered)["spec"]["containers"][0]["args"])["secret_name"]
-    assert volume["secret"] == {"secretName": secret, "items": [{"key": "tls.crt", "path": "ca.crt"}]}
+    assert volume["secret"] == {"secretName": secret, "items": [{"key": "ca.crt", "path": "ca.crt"}]}
 
 
 @pytest.fixture(scope="module")
@@ -315,7 +316,9 @@ def test_helm_upgrades_the_definition_and_leaves_it_with_the_jobs(
     older = shutil.copytree(CHART, tmp_path / "older")
     file = older / "templates" / "crd.yaml"
     text = file.read_text()
-    file.write_text(re.sub(r"^( +)ttlSecondsAfterFinished:\n(\1 .*\n)+", "", text, count=1, flags=re.MULTILINE))
+    file.write_text(
+        re.sub(r"^( +)ttlSecondsAfterFinished:\n(\1 .*\n)+", "", text, count=1, flags=re.MULTILINE)
+    )
     assert file.read_text() != text
     job = {
         "apiVersion": api.API_VERSION,
@@ -335,7 +338,9 @@ def test_helm_upgrades_the_definition_and_leaves_it_with_the_jobs(
     run("install", "upgraded", str(older), "--take-ownership", "--force-conflicts")
     wait_until(lambda: not known(), "the older definition", 30)
     spec = yaml.safe_load((ROOT / "manifests/examples/internlm-7b.yaml").read_text())["spec"]
-    installed.apply(job | {"spec": {name: value for name, value in spec.items() if name != "ttlSecondsAfterFinished"}})
+    installed.apply(
+        job | {"spec": {name: value for name, value in spec.items() if name != "ttlSecondsAfterFinished"}}
+    )
     run("upgrade", "upgraded", str(CHART))
     wait_until(known, "the newer definition", 30)
     run("uninstall", "upgraded")
