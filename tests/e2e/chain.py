@@ -28,7 +28,7 @@ Manifest = dict[str, Any]
 SECRET = "s3-credentials"
 OPERATOR_NAMESPACE = "internlm-system"
 # One restart costs the start of 4 processes and 2 agents on the machine's few cores.
-START_SECONDS = 120
+START_SECONDS = 240
 STEPS = 300
 
 

@@ -18,7 +18,7 @@ from cluster.controlplane import wait_until
 from e2e.chain import START_SECONDS, STEPS, Jobs, Manifest, Row, helm, rows
 
 # The first test also waits for the images to be built.
-pytestmark = [pytest.mark.cluster, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(1200)]
 
 
 def added(archive: Path, scratch: Path) -> list[Path]:
@@ -79,7 +79,7 @@ def whole(jobs: Jobs, tmp_path_factory: pytest.TempPathFactory) -> Run:
         jobs.apply(jobs.manifest("whole"))
         jobs.wait("whole", lambda status: status.get("workers", {}).get("ready") == 2, "both workers")
         pods = jobs.objects("pods", "whole")
-        status = jobs.wait_phase("whole", "Succeeded", timeout=300)
+        status = jobs.wait_phase("whole", "Succeeded", timeout=600)
     return Run(status, pods, jobs.events("whole"), rows(file.read_text(), "whole"))
 
 
@@ -151,7 +151,7 @@ def test_a_hurt_job_ends_with_the_same_weights_to_the_bit(jobs: Jobs, operator: 
     # What was trained before the suspension is not trained again.
     saved = jobs.status(name)["attempts"][-1]["endStep"]
     jobs.kubectl("patch", "ilj", name, "--type=merge", "--patch", '{"spec": {"suspend": false}}')
-    status = jobs.wait_phase(name, "Succeeded", timeout=300)
+    status = jobs.wait_phase(name, "Succeeded", timeout=600)
     assert status["attempts"][-1]["startStep"] == saved
     assert status["restarts"] == 1
 
