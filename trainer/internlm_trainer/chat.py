@@ -6,12 +6,12 @@ from collections.abc import Iterator
 
 import torch
 
+from internlm_trainer.checkpoint import Piece
 from internlm_trainer.data.tokenizer import Tokenizer
 from internlm_trainer.errors import UserError
 from internlm_trainer.generate import Conversation, Sampling
 from internlm_trainer.model.internlm import InternLM
-from internlm_trainer.weights.layout import as_matrix
-from internlm_trainer.weights.source import Weights, fill
+from internlm_trainer.weights.source import MASTER, Weights, fill
 
 _BROKEN = "\ufffd"  # what decodes from the first bytes of a character
 
@@ -21,9 +21,10 @@ def load_model(weights: Weights, device: torch.device, dtype: torch.dtype) -> In
     with torch.device("meta"):
         model = InternLM(weights.shape).to(dtype)
     model.to_empty(device=device)
-    for name, parameter in model.named_parameters():
-        rows, columns = as_matrix(tuple(parameter.shape))
-        fill(weights, name, 0, rows * columns, parameter.data.view(-1))
+    fill(
+        weights,
+        (Piece(MASTER, name, 0, one.numel(), one.data.view(-1)) for name, one in model.named_parameters()),
+    )
     return model.eval()
 
 

@@ -54,8 +54,9 @@ def open_inputs(spec: TrainSpec, store: CheckpointStore, world: Processes, attem
     _check_skipped(spec, config.total_steps(spec, world.size))
     check_store(store, world)
     claim_store(store, world, os.environ.get("INTERNLM_JOB_UID", ""), attempt)
-    fresh = spec.model.init and not store.candidates()
-    initial = world.together(lambda: initial_weights(spec) if fresh else None)
+    initial = world.together(
+        lambda: initial_weights(spec) if spec.model.init and not store.candidates() else None
+    )
     world.first(lambda: _prepare(spec))
     tokenizer = world.together(lambda: load_tokenizer(spec.data.tokenizer))
     vocab_size = config.model_shape(spec.model).vocab_size

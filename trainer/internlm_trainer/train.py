@@ -283,9 +283,7 @@ class Trainer:
 
     def _start_from(self, weights: Weights) -> None:
         """Take the weights that `model.init` names, each rank those of which it holds the master copy."""
-        for piece in self.optimizer.pieces():
-            if piece.kind == MASTER:
-                fill(weights, piece.parameter, piece.span.start, piece.span.stop, piece.values)
+        fill(weights, (piece for piece in self.pieces() if piece.kind == MASTER))
         if name := self.optimizer.bad_parameter():
             raise UserError(
                 f"model.init.from: {name} in {weights.url} holds numbers that are infinite or none"

@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from internlm_trainer.checkpoint import Piece
 from internlm_trainer.checkpoint.tools import open_one
 from internlm_trainer.config import ModelShape
 from internlm_trainer.model.internlm import InternLM
@@ -181,7 +182,7 @@ def test_a_rank_takes_any_elements_of_a_parameter(tmp_path: Path) -> None:
     name = "blocks.4.mixer.Wqkv.weight"
     for start, stop in ((0, 1), (63, 65), (1234, 5678), (8191, 8192)):
         out = torch.zeros(stop - start)
-        fill(found, name, start, stop, out)
+        fill(found, [Piece("master", name, start, stop, out)])
         assert torch.equal(out, ours[name].flatten()[start:stop])
 
 

@@ -103,6 +103,14 @@ def cut(name: str) -> Callable[[Path], None]:
     return work
 
 
+def make_internlm2(folder: Path, **changes: object) -> None:
+    shape = SHAPES["InternLM2"]
+    url = save(str(folder / "checkpoints"), shape, random_weights(shape))
+    export_internlm(CheckpointWeights(open_one(url)), str(folder), "bf16", 1, 1)
+    file = folder / "model_config.pt"
+    torch.save(torch.load(file, weights_only=True) | changes, file)
+
+
 def old_pickle(folder: Path) -> None:
     file = folder / "internlm" / "model_tp0_pp0.pt"
     torch.save(torch.load(file, weights_only=True), file, _use_new_zipfile_serialization=False)
@@ -173,7 +181,20 @@ REFUSALS: dict[str, tuple[str, Callable[[Path], None], str]] = {
         of_json("config.json", hidden_size=None),
         "is no model's configuration",
     ),
-    "another order of the heads": (
+    "heads that do not divide": (
+        "hf",
+        of_json("config.json", num_attention_heads=7),
+        "which do not divide each other",
+    ),
+    "no heads": ("hf", of_json("config.json", num_key_value_heads=-1), "has a size below 1"),
+    "no number": ("internlm", of_model_config(num_attention_heads=None), "is no model's configuration"),
+    "no heads in InternLM's": ("internlm", of_model_config(num_attention_heads=0), "has a size below 1"),
+    "another order of the numbers": (
+        "internlm2",
+        lambda f: make_internlm2(f / "internlm2", adapt_hf=False),
+        "says adapt_hf=False: the heads' numbers are in another order",
+    ),
+    "a head that is normalised": (
         "internlm",
         of_model_config(norm_head=True),
         "says norm_head=True, which models here have not",

@@ -83,16 +83,18 @@ def _safetensors(folder: Folder, file: str) -> dict[str, TensorAt]:
     try:
         header = json.loads(read(folder, file, 8, 8 + length))
         header.pop("__metadata__", None)
-        return {
-            name: TensorAt(
-                DTYPES.get(entry["dtype"], entry["dtype"]),
-                tuple(map(int, entry["shape"])),
-                8 + length + int(entry["data_offsets"][0]),
-            )
-            for name, entry in header.items()
-        }
+        return {name: _entry(entry, 8 + length) for name, entry in header.items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise refusal(folder, file, "is damaged or no safetensors file; copy it again") from error
+
+
+def _entry(entry: dict[str, Any], data: int) -> TensorAt:
+    """A tensor as the header tells it; the data begin at byte `data`."""
+    dtype, shape = DTYPES.get(entry["dtype"], entry["dtype"]), tuple(map(int, entry["shape"]))
+    start, stop = map(int, entry["data_offsets"])
+    if start < 0 or (isinstance(dtype, torch.dtype) and stop - start != prod(shape) * dtype.itemsize):
+        raise ValueError("the tensor's bytes do not fit its shape")
+    return TensorAt(dtype, shape, data + start)
 
 
 def _pickled(folder: Folder, file: str) -> dict[str, TensorAt]:

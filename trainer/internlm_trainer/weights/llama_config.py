@@ -36,8 +36,10 @@ def shape_of(config: Mapping[str, Any]) -> ModelShape:
         )
     except KeyError as error:
         raise NotLlamaShapedError(f"lacks {error.args[0]}") from error
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, AttributeError) as error:
         raise NotLlamaShapedError(f"is no model's configuration: {error}") from error
+    if problem := misfit(shape):
+        raise NotLlamaShapedError(problem)
     if (config.get("head_dim") or hidden // heads) * heads != hidden:
         raise NotLlamaShapedError("has a head_dim other than hidden_size / num_attention_heads")
     if config.get("hidden_act", "silu") != "silu":
@@ -46,6 +48,21 @@ def shape_of(config: Mapping[str, Any]) -> ModelShape:
     if kind not in _PLAIN_ROPE:
         raise NotLlamaShapedError(f"scales the rotary embedding by {kind!r}, which models here do not")
     return shape
+
+
+def misfit(shape: ModelShape) -> str:
+    """Why there can be no model of this shape, or nothing."""
+    if (
+        min(shape.layers, shape.hidden_size, shape.heads, shape.kv_heads, shape.ffn_size, shape.vocab_size)
+        < 1
+    ):
+        return "has a size below 1"
+    if shape.hidden_size % (2 * shape.heads) or shape.heads % shape.kv_heads:
+        return (
+            f"has {shape.hidden_size} hidden columns, {shape.heads} heads and {shape.kv_heads} key heads, which do not "
+            "divide each other"
+        )
+    return ""
 
 
 def _rope(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from internlm_trainer.weights.layout import (
     internlm,
     llama,
 )
-from internlm_trainer.weights.llama_config import NotLlamaShapedError, shape_of
+from internlm_trainer.weights.llama_config import NotLlamaShapedError, misfit, shape_of
 from internlm_trainer.weights.source import CheckpointWeights, StoredWeights, Weights
 
 CONFIG, MODEL_CONFIG = "config.json", "model_config.pt"
@@ -172,7 +172,7 @@ def _shape(
         )
     try:
         heads = int(config["num_attention_heads"])
-        return ModelShape(
+        shape = ModelShape(
             layers=layers,
             hidden_size=int(config["hidden_size"]),
             heads=heads,
@@ -185,6 +185,11 @@ def _shape(
         )
     except KeyError as error:
         raise UserError(f"{folder.what}: {folder.url} lacks {error.args[0]}; copy it again, whole") from error
+    except (TypeError, ValueError) as error:
+        raise refusal(folder, MODEL_CONFIG, f"is no model's configuration: {error}") from error
+    if problem := misfit(shape):
+        raise refusal(folder, MODEL_CONFIG, problem)
+    return shape
 
 
 def _json(folder: Folder, file: str) -> dict[str, Any]:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from math import prod
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from internlm_trainer.checkpoint import Checkpoint, Want
+from internlm_trainer.checkpoint import Checkpoint, Piece, Want
 from internlm_trainer.checkpoint.folder import Folder
+from internlm_trainer.checkpoint.load import READERS
+from internlm_trainer.checkpoint.tensors import as_tensor
 from internlm_trainer.config import ModelShape
 from internlm_trainer.errors import UserError
 from internlm_trainer.weights.files import DTYPES, TensorAt, read, refusal
@@ -135,13 +138,24 @@ def blocks(weights: Weights, parameter: str, start: int, stop: int) -> Iterator[
         yield weights.rows(parameter, first, min(first + step, stop))
 
 
-def fill(weights: Weights, parameter: str, start: int, stop: int, out: Tensor) -> None:
-    """Elements [start, stop) of a flattened parameter into `out` `[stop - start]`, on any device."""
-    columns = as_matrix(parameters(weights.shape)[parameter])[1]
-    first, done = start // columns, 0
-    skipped = start - first * columns
-    for block in blocks(weights, parameter, first, -(-stop // columns)):
+def fill(weights: Weights, pieces: Iterable[Piece]) -> None:
+    """Set each piece's tensor, on any device, to its elements of its parameter; several are read at a time."""
+    with ThreadPoolExecutor(READERS) as pool:
+        try:
+            for _ in pool.map(lambda piece: _fill(weights, piece), pieces):
+                pass
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+def _fill(weights: Weights, piece: Piece) -> None:
+    out = as_tensor(piece.tensor)
+    columns = as_matrix(parameters(weights.shape)[piece.parameter])[1]
+    first, done = piece.start // columns, 0
+    skipped = piece.start - first * columns
+    for block in blocks(weights, piece.parameter, first, -(-piece.stop // columns)):
         values = block.flatten()[skipped : skipped + len(out) - done]
         out[done : done + len(values)].copy_(values)
         done, skipped = done + len(values), 0
-    assert done == stop - start
+    assert done == piece.stop - piece.start
