@@ -6,6 +6,7 @@ The rights that they need, and no others:
 |-----------------------|----------------------|----------------------------------|------------------|
 | training.internlm.io  | internlmjobs         | get, list, watch, delete         | jobs' namespaces |
 | training.internlm.io  | internlmjobs/status  | patch                            | jobs' namespaces |
+| training.internlm.io  | internlmjobs/finalizers | update                        | jobs' namespaces |
 | (core)                | pods                 | get, list, watch, create, delete | jobs' namespaces |
 | (core)                | services, configmaps | create, patch                    | jobs' namespaces |
 | (core)                | events               | create                           | jobs' namespaces |
@@ -16,8 +17,8 @@ The rights that they need, and no others:
 | (core)                | secrets              | create, get, update (by name)    | the operator's   |
 | coordination.k8s.io   | leases               | create, get, update (by name)    | the operator's   |
 
-Where the admission plugin OwnerReferencesPermissionEnforcement runs, `update` on internlmjobs/finalizers is
-needed too, since the operator sets blockOwnerDeletion.
+`update` on internlmjobs/finalizers is never asked for: the admission plugin OwnerReferencesPermissionEnforcement
+looks for the right, since the operator sets blockOwnerDeletion.
 """
 
 from __future__ import annotations

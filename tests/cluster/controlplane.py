@@ -22,6 +22,8 @@ API_PORT = 6443
 S3_PORT = 9000
 BUCKET = "internlm"
 # Gang scheduling by PodGroup is native, but not yet on by default.
+# Every request of these namespaces' accounts is in logs/audit.log, by which a test holds rights against use.
+AUDITED_NAMESPACES = ("rights-test",)
 FEATURES = "--feature-gates=GenericWorkload=true"
 
 
@@ -92,6 +94,10 @@ class ControlPlane:
     def kubeconfig(self, name: str) -> Path:
         return self.state.root / "kubeconfig" / name
 
+    @property
+    def audit_log(self) -> Path:
+        return self.state.root / "logs" / "audit.log"
+
     def start(self) -> None:
         """Start everything and return once the API server answers; the rest follows in a second or two."""
         self.start_s3()
@@ -134,6 +140,13 @@ class ControlPlane:
         else:
             # Endpoints refuse loopback addresses; without nodes nobody would use them anyway.
             endpoint = [f"--advertise-address={self.state.network}.0.2", "--endpoint-reconciler-type=none"]
+        audit = self.state.root / "audit-policy.yaml"
+        groups = [f"system:serviceaccounts:{namespace}" for namespace in AUDITED_NAMESPACES]
+        rules = [
+            {"level": "Metadata", "userGroups": groups, "omitStages": ["RequestReceived"]},
+            {"level": "None"},
+        ]
+        audit.write_text(json.dumps({"apiVersion": "audit.k8s.io/v1", "kind": "Policy", "rules": rules}))
         self._kubernetes(
             "kube-apiserver",
             f"--etcd-servers={self.etcd}",
@@ -151,7 +164,10 @@ class ControlPlane:
             f"--service-account-key-file={pki / 'tokens.key'}",
             f"--service-account-signing-key-file={pki / 'tokens.key'}",
             "--authorization-mode=Node,RBAC",
-            "--enable-admission-plugins=NodeRestriction",  # PodSecurity is on by default
+            # PodSecurity is on by default; the other one asks more of whoever sets blockOwnerDeletion.
+            "--enable-admission-plugins=NodeRestriction,OwnerReferencesPermissionEnforcement",
+            f"--audit-policy-file={audit}",
+            f"--audit-log-path={self.audit_log}",
             "--allow-privileged",
             "--runtime-config=scheduling.k8s.io/v1beta1=true",
             FEATURES,
