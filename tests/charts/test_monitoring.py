@@ -63,7 +63,7 @@ def test_an_alert_says_what_is_wrong_and_what_to_do() -> None:
 
 
 def test_the_dashboards_panels_do_not_overlap() -> None:
-    places = [(p["gridPos"][k] for k in "xywh") for p in DASHBOARD["panels"]]
+    places = [[p["gridPos"][k] for k in "xywh"] for p in DASHBOARD["panels"]]
     cells = [
         (column, line) for x, y, w, h in places for column in range(x, x + w) for line in range(y, y + h)
     ]
