@@ -23,25 +23,6 @@ FINAL = frozenset({"UserError", "Diverged"})
 OUT_OF_MEMORY = "OutOfMemory"
 MAX_MESSAGE = 1024
 
-# Ends that a trainer survives with a checkpoint: it was told to stop, nothing in it broke.
-PLANNED = frozenset(
-    {
-        "Stopped",
-        "PodDeleted",
-        "Evicted",
-        "Preempted",
-        "Terminated",
-        "NodeShutdown",
-        "PreemptionByScheduler",
-        "EvictionByEvictionAPI",
-        "TerminationByKubelet",
-        "DeletionByTaintManager",
-        "Suspended",
-        "SpecChanged",
-        "Unschedulable",
-    }
-)
-
 # What gloo, NCCL, TCPStore and torchrun say when the *other* side went away.
 _PEER_LOST = re.compile(
     r"connection (was )?(closed|reset|refused|aborted)|reset by peer|closed by peer|broken pipe|socket closed"

@@ -29,7 +29,7 @@ from internlm_operator.failures import Failure, Pod
 from internlm_operator.manifest import JobError, parse_job
 from internlm_operator.objects import Object, worker_name
 from internlm_operator.plan import Apply, Create, Delete, Draft, Observed, Plan, node_of
-from internlm_operator.recovery import Verdict, decide, note_failure, restart_delay
+from internlm_operator.recovery import Verdict, could_save, decide, note_failure, restart_delay
 from internlm_operator.status import (
     MAX_ATTEMPTS,
     condition,
@@ -258,7 +258,7 @@ def _say_restart(draft: Draft, failure: Failure) -> None:
 def _make_room(draft: Draft, spec: JobSpec) -> Plan | None:
     """Remove what is left of earlier attempts, and wait; None once the next one may begin."""
     attempts = draft.status.attempts
-    planned = not attempts or attempts[-1].reason in failures.PLANNED
+    planned = not attempts or could_save(attempts[-1])
     draft.remove(draft.pods, None if planned else CRASH_GRACE_SECONDS)
     phase: Phase = "Restarting" if holds(draft.status, "Restarting") else "Pending"
     if draft.pods:

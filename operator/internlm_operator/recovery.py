@@ -22,7 +22,7 @@ from internlm_operator.api import (
     RecoverySpec,
 )
 from internlm_operator.causes import Cause
-from internlm_operator.failures import PLANNED, Failure
+from internlm_operator.failures import Failure
 from internlm_operator.nodes import is_current
 from internlm_operator.status import current_attempt
 from internlm_operator.times import seconds_since, stamp
@@ -199,6 +199,11 @@ def _recent(status: JobStatus, recovery: RecoverySpec, now: datetime) -> list[Re
     return [bucket for bucket, age in ages if age is not None and age < recovery.window_seconds]
 
 
+def could_save(attempt: Attempt) -> bool:
+    """Whether the attempt was ended from outside, so that its workers had the time to save: nothing in it broke."""
+    return attempt.class_ in (None, "Preemption")
+
+
 def restart_delay(attempts: list[Attempt], recovery: RecoverySpec) -> timedelta:
     """How long after the last attempt's end the next one may start.
 
@@ -208,7 +213,7 @@ def restart_delay(attempts: list[Attempt], recovery: RecoverySpec) -> timedelta:
     fruitless = 0
     for attempt in reversed(attempts):
         trained = (attempt.end_step or 0) > (attempt.start_step or 0)
-        if trained or not attempt.end_time or attempt.reason in PLANNED:
+        if trained or not attempt.end_time or could_save(attempt):
             break
         fruitless += 1
     if fruitless < 2:

@@ -235,6 +235,23 @@ def test_a_pod_on_a_deleted_node_has_failed_and_is_not_waited_for() -> None:
     assert grace == {"job-worker-0": 15, "job-worker-1": 0}
 
 
+def test_what_is_left_of_a_gang_that_lost_a_node_cannot_save_and_gets_a_short_grace() -> None:
+    world = World()
+    world.start()
+    world.nodes = {"node-1": NodeHealth(ready=False)}
+    why = {
+        "type": "DisruptionTarget",
+        "status": "True",
+        "reason": "DeletionByTaintManager",
+        "message": "lost",
+    }
+    world.pod(1)["status"]["conditions"] = [why]
+    world.delete("job-worker-1")
+    plan = world.step()
+    assert world.status["lastFailure"]["class"] == "Infrastructure"
+    assert {a.name: a.grace_seconds for a in actions(plan, Delete)} == {"job-worker-0": 15}
+
+
 def test_a_worker_that_finished_on_a_node_that_is_gone_has_finished() -> None:
     world = World()
     world.start()

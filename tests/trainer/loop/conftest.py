@@ -74,8 +74,8 @@ def channel_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Channel
     channel.ca_file.write_bytes(authority.certificate_pem)
     channel.token_file.write_text("the-token\n")
     server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"channel": channel}))
-    context = tls.server_context(tls.new_server(authority, ["localhost"], now))
-    assert isinstance(context, ssl.SSLContext)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    tls.load(context, tls.new_server(authority, ["localhost"], now))
     server.socket = context.wrap_socket(server.socket, server_side=True)
     channel.url = f"https://localhost:{server.server_port}/v1/namespaces/default/internlmjobs/tiny/report"
     thread = Thread(target=server.serve_forever)

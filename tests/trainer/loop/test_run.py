@@ -62,6 +62,8 @@ def test_the_last_report_and_the_termination_message_say_that_all_steps_are_done
     assert report["etaSeconds"] == 0
     assert report["tokensPerGpuPerSecond"] == pytest.approx(report["tokensPerSecond"] / 2, abs=0.1)
     assert report["tflopsPerGpu"] > 0
+    assert report["loadSeconds"] > 0
+    assert report["checkpointStallSeconds"] > 0
     assert 0 < report["validationLoss"] < math.log(512)
     assert report["checkpoint"]["step"] == STEPS
     assert report["checkpoint"]["uri"] == str(uninterrupted.job.checkpoints / f"step-{STEPS:08d}")
