@@ -11,7 +11,6 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from internlm_operator.failures import PLANNED
 from internlm_operator.objects import Object
 from internlm_operator.times import parse_time, seconds_since
 
@@ -217,7 +216,7 @@ def timeline(job: Object, now: datetime) -> Table:
             f"{began:%m-%d %H:%M:%S}",
             duration((ended - began).total_seconds()),
             _steps(attempt, status),
-            Text(_segment(start, began, ended, end), style=_attempt_style(reason)),
+            Text(_segment(start, began, ended, end), style=_attempt_style(attempt)),
             reason,
         )
     return table
@@ -241,10 +240,11 @@ def _steps(attempt: Object, status: Object) -> str:
     )
 
 
-def _attempt_style(reason: str) -> str:
-    if reason in ("current", "Succeeded", "Completed"):
+def _attempt_style(attempt: Object) -> str:
+    """Green for one that goes on or is done, yellow for one that was ended from outside, red for one that failed."""
+    if attempt.get("reason", "") in ("", "Completed"):
         return "green"
-    return "yellow" if reason in PLANNED else "red"
+    return "yellow" if attempt.get("class", "Preemption") == "Preemption" else "red"
 
 
 def description(job: Object, events: list[Object], now: datetime) -> Group:
