@@ -24,6 +24,20 @@ SHORT_NAME = "ilj"
 MAX_NAME_LENGTH = 63 - len("-worker-99999")
 
 
+_Timeout = Annotated[int, Field(ge=0, le=2**31 - 1)]
+
+
+class HangTimeouts(Spec):
+    """When a rank that does not go on counts as hung, and the job restarts. 0: never."""
+
+    setup_seconds: _Timeout = 3600
+    """Longest set-up: from its start until the first steps are done. Making data from raw text does not count."""
+    step_seconds: _Timeout = 300
+    """Longest stay in a part of a step, at least: ten times the slowest recent step counts where it is more."""
+    checkpoint_seconds: _Timeout = 1800
+    """Longest stand for a checkpoint or an evaluation between two steps; ten of the slowest steps at least."""
+
+
 class RecoverySpec(Spec):
     """What happens when a worker fails: the whole gang restarts from the last checkpoint, within a budget.
 
@@ -48,6 +62,8 @@ class RecoverySpec(Spec):
     either. 0: no node is left out."""
     pod_disruption_budget: bool = False
     """Make a PodDisruptionBudget that refuses every voluntary eviction (such as `kubectl drain`) of a worker."""
+    hang_timeouts: HangTimeouts = HangTimeouts()
+    """When a rank that does not go on counts as hung."""
 
 
 class PodMetadata(Spec):
@@ -73,7 +89,7 @@ class JobSpec(TrainSpec):
     """One training job."""
 
     nodes: Annotated[int, Field(ge=1, le=4096)] = 1
-    """Worker pods, one torchrun agent each."""
+    """Worker pods, one agent each, which starts and watches the training processes."""
     gpus_per_node: Annotated[int, Field(ge=0, le=64)] = 0
     """GPUs, and processes, of each worker; 0: train on CPU with `processesPerNode` processes."""
     processes_per_node: Annotated[int, Field(ge=1, le=256)] = 1

@@ -80,7 +80,7 @@ def shared_objects(job: Object, settings: Settings) -> list[Object]:
 
 
 def service(job: Object) -> Object:
-    """Gives each worker the name NAME-worker-I.NAME, also before it is ready, since torchrun needs it."""
+    """Gives each worker the name NAME-worker-I.NAME, also before it is ready, since the processes look for it."""
     return {
         "apiVersion": "v1",
         "kind": "Service",
@@ -249,7 +249,7 @@ def _container(job: Object, spec: JobSpec, attempt: int, index: int, settings: S
             settings.channel_url, namespace, name, f"{CONFIG_DIR}/ca.crt", f"{TOKEN_DIR}/token"
         ),
         "INTERNLM_TERMINATION_LOG": "/dev/termination-log",
-        # torchrun would kill processes that save a checkpoint after 30 s of the grace.
+        # Processes that save a checkpoint get all of the grace but this.
         "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(GRACE_SECONDS - 5),
         # The root file system is read-only: caches and compiled kernels go to the scratch volume.
         "HOME": "/tmp",  # noqa: S108
@@ -264,7 +264,7 @@ def _container(job: Object, spec: JobSpec, attempt: int, index: int, settings: S
     container: Object = {
         "name": CONTAINER,
         "image": spec.image or settings.trainer_image,
-        "command": torchrun(name, spec, index),
+        "command": agent(name, spec, index),
         "env": [{"name": key, "value": value} for key, value in environment.items()],
         "ports": ports,
         # The trainer writes its own message; what dies before it can is explained by the end of its log.
@@ -286,18 +286,14 @@ def _container(job: Object, spec: JobSpec, attempt: int, index: int, settings: S
     return container
 
 
-def torchrun(name: str, spec: JobSpec, index: int) -> list[str]:
-    """The agent of one worker. Nodes and ranks are known beforehand: the rendezvous is static, at worker 0.
-
-    By its module: the script `torchrun` is not on the PATH of every image that has torch.
-    """
+def agent(name: str, spec: JobSpec, index: int) -> list[str]:
+    """The main process of one worker, with torchrun's options. Nodes and ranks are known beforehand, so all
+    processes meet at worker 0."""
     return [
-        *("python3", "-m", "torch.distributed.run"),
+        *("python3", "-m", "internlm_trainer.agent"),
         *("--nnodes", str(spec.nodes)),
         *("--node-rank", str(index)),
         *("--nproc-per-node", str(spec.processes_of_a_node)),
-        *("--max-restarts", "0"),
         *("--master-addr", f"{worker_name(name, 0)}.{name}"),
         *("--master-port", str(MASTER_PORT)),
-        *("-m", "internlm_trainer.worker"),
     ]

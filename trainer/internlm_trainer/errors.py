@@ -1,6 +1,7 @@
 """Errors that end a job or a command, and what a process ends with for them."""
 
 EXIT_USER_ERROR = 65  # sysexits.h: the input is wrong
+EXIT_STOPPED = 75  # sysexits.h: try again later
 
 
 class UserError(ValueError):

@@ -19,6 +19,7 @@ from internlm_trainer.data.progress import shown_progress
 from internlm_trainer.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
 from internlm_trainer.errors import UserError
 from internlm_trainer.processes import Processes
+from internlm_trainer.telemetry.heartbeat import Heartbeat
 from internlm_trainer.weights.recognise import open_weights
 from internlm_trainer.weights.source import Weights
 
@@ -57,7 +58,10 @@ def open_inputs(spec: TrainSpec, store: CheckpointStore, world: Processes, attem
     initial = world.together(
         lambda: initial_weights(spec) if spec.model.init and not store.candidates() else None
     )
+    heartbeat = Heartbeat(world.rank)
+    heartbeat.beat("prepare", 0)
     world.first(lambda: _prepare(spec))
+    heartbeat.beat("setup", 0)
     tokenizer = world.together(lambda: load_tokenizer(spec.data.tokenizer))
     vocab_size = config.model_shape(spec.model).vocab_size
     world.together(lambda: check_vocabulary(tokenizer, vocab_size, spec.data.tokenizer))

@@ -1,4 +1,4 @@
-"""One training process, as torchrun starts it: `python -m internlm_trainer.worker`.
+"""One training process, as torchrun or the pod's agent starts it: `python -m internlm_trainer.worker`.
 
 Environment: INTERNLM_JOB_FILE (the manifest), INTERNLM_JOB_UID, INTERNLM_ATTEMPT, INTERNLM_TERMINATION_LOG, and the
 job channel's INTERNLM_REPORT_URL, INTERNLM_REPORT_TOKEN_FILE and INTERNLM_REPORT_CA_FILE.
@@ -17,7 +17,14 @@ from internlm_operator.api import JobSpec
 from internlm_operator.manifest import Job, JobError, load_manifests, parse_job, parse_spec
 from internlm_trainer import machine
 from internlm_trainer.checkpoint import StorageUnavailable
-from internlm_trainer.errors import EXIT_USER_ERROR, DataError, Diverged, StepFailed, UserError
+from internlm_trainer.errors import (
+    EXIT_STOPPED,
+    EXIT_USER_ERROR,
+    DataError,
+    Diverged,
+    StepFailed,
+    UserError,
+)
 from internlm_trainer.plan.choose import out_of_memory_advice
 from internlm_trainer.processes import Processes, SiblingDied, Stopped
 from internlm_trainer.storage import StorageUnreachableError
@@ -28,17 +35,17 @@ from internlm_trainer.telemetry.diagnostics import (
 )
 from internlm_trainer.telemetry.heartbeat import Heartbeat
 from internlm_trainer.telemetry.progress import set_up_logging
+from internlm_trainer.telemetry.stacks import answer_for_stacks
 from internlm_trainer.telemetry.termination import leave_message
 
 log = logging.getLogger("internlm_trainer.worker")
-
-EXIT_STOPPED = 75  # sysexits.h: try again later
 
 
 def main() -> int:
     """Train, and leave the reason for the end where the operator finds it.  Returns the exit code."""
     rank = int(os.environ.get("RANK", "0"))
     set_up_logging(rank)
+    answer_for_stacks(rank)
     _end_with_torchrun()
     try:
         return _train(rank)

@@ -1,4 +1,4 @@
-"""What is left behind for those who look into a failure."""
+"""What is left behind for those who look into a failure.  The agent, too, imports this: torch only where needed."""
 
 from __future__ import annotations
 
@@ -7,14 +7,17 @@ import os
 import tempfile
 from collections.abc import MutableMapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 log = logging.getLogger(__name__)
 
 # What PyTorch's allocators raise, and Python's own; the CPU's raises a plain RuntimeError.
 _CPU_OUT_OF_MEMORY = "can't allocate memory"
 HISTORY_ENTRIES = 200_000
+FLIGHT_RECORDER = "flight-recorder-"
 
 
 def folder(path: str | None) -> Path:
@@ -28,6 +31,8 @@ def set_flight_recorder(path: str | None, environment: MutableMapping[str, str])
     To be called before the process group is made.  What the environment says already stays.  `torchfrtrace`, which
     comes with PyTorch, reads the files.
     """
+    import torch
+
     if not torch.cuda.is_available():
         return
     target = folder(path)
@@ -39,19 +44,25 @@ def set_flight_recorder(path: str | None, environment: MutableMapping[str, str])
     for name, value in {
         "TORCH_FR_BUFFER_SIZE": "2000",
         "TORCH_NCCL_DUMP_ON_TIMEOUT": "1",
-        "TORCH_FR_DUMP_TEMP_FILE": str(target / "flight-recorder-"),
+        "TORCH_FR_DUMP_TEMP_FILE": str(target / FLIGHT_RECORDER),
+        # Whoever writes to the pipe `flight-recorder-RANK.pipe` gets the record at once.
+        "TORCH_NCCL_DEBUG_INFO_PIPE_FILE": str(target / FLIGHT_RECORDER),
     }.items():
         environment.setdefault(name, value)
 
 
 def record_memory(device: torch.device) -> None:
     """Record from now on who takes memory of a GPU."""
+    import torch
+
     if device.type == "cuda":
         torch.cuda.memory._record_memory_history(max_entries=HISTORY_ENTRIES)
 
 
 def leave_memory_snapshot(path: str | None, rank: int) -> Path | None:
     """Leave the recorded history of a full GPU, for https://pytorch.org/memory_viz; None where that fails."""
+    import torch
+
     file = folder(path) / f"memory-{rank}.pickle"
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -64,6 +75,8 @@ def leave_memory_snapshot(path: str | None, rank: int) -> Path | None:
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an allocation failed, of a GPU or the host."""
+    import torch
+
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
     return isinstance(error, RuntimeError) and _CPU_OUT_OF_MEMORY in str(error)

@@ -125,5 +125,3 @@ class Watch:
             asked = self._limits.step if section in STEP_SECTIONS else self._limits.checkpoint
         slowest = max(self._steps, default=0.0)
         return max(asked, SLOWER * slowest) if asked else float("inf")
-
-

@@ -14,9 +14,9 @@ log = logging.getLogger(__name__)
 class Heartbeat:
     """Writes `rank-N.json` in the folder INTERNLM_HEARTBEAT_DIR; does nothing without one.
 
-    The file is JSON of `rank`, `pid`, `section` (`setup`, `data`, `fwd_bwd`, `reduce`, `optimizer`, `checkpoint`,
-    `evaluation`, `done`...), `step` (steps done) and `time` (seconds since 1970, when the section began), and is
-    whole at any moment.  A folder in memory is best: it is written at every change of section.
+    The file is JSON of `rank`, `pid`, `section` (`setup`, `prepare`, `data`, `fwd_bwd`, `reduce`, `optimizer`,
+    `checkpoint`, `evaluation`, `done`...), `step` (steps done) and `time` (seconds since 1970, when the section
+    began), and is whole at any moment.  A folder in memory is best: it is written at every change of section.
     """
 
     def __init__(self, rank: int) -> None:

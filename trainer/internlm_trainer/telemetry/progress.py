@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import os
 import sys
-from datetime import UTC, datetime
 from typing import Any
 
 from rich.console import Console
@@ -15,26 +13,11 @@ from rich.logging import RichHandler
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from internlm_trainer.checkpoint import CommittedCheckpoint
+from internlm_trainer.telemetry.logs import JsonFormatter
 from internlm_trainer.telemetry.report import Reporter
 from internlm_trainer.telemetry.sinks import Sinks, Values
 
 log = logging.getLogger(__name__)
-
-
-class JsonFormatter(logging.Formatter):
-    """One JSON object a line, as log collectors want it."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        fields = {
-            "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
-            "level": record.levelname.lower(),
-            "rank": int(os.environ.get("RANK", "0")),
-            "message": record.getMessage(),
-            **getattr(record, "fields", {}),
-        }
-        if record.exc_info:
-            fields["traceback"] = self.formatException(record.exc_info)
-        return json.dumps(fields)
 
 
 def set_up_logging(rank: int) -> None:

@@ -27,6 +27,7 @@ class Reporter:
         self._changed = threading.Condition()
         self._closing = False
         self._silenced = False
+        self._answer: dict[str, Any] = {}
         self._thread = threading.Thread(target=self._run, name="reports", daemon=True)
         if self._url:
             self._thread.start()
@@ -59,22 +60,31 @@ class Reporter:
 
     def _post(self, report: dict[str, Any]) -> None:
         try:
-            # Token and certificate are read anew each time: the kubelet renews the files.
-            token = Path(os.environ["INTERNLM_REPORT_TOKEN_FILE"]).read_text().strip()
-            context = ssl.create_default_context(cafile=os.environ["INTERNLM_REPORT_CA_FILE"])
-            request = urllib.request.Request(  # noqa: S310
-                self._url,
-                data=json.dumps(report).encode(),
-                headers={"Authorization": f"Bearer {token}", "Content-Type": "application/json"},
-            )
-            opener = urllib.request.build_opener(
-                urllib.request.ProxyHandler({}), urllib.request.HTTPSHandler(context=context)
-            )
-            with opener.open(request, timeout=TIMEOUT_SECONDS):
-                self._silenced = False
+            self._answer = post(self._url, report)
+            self._silenced = False
         except (OSError, ValueError, HTTPException) as error:
             if not self._silenced:  # once, not every two seconds of an outage
                 log.warning(
                     "the operator does not take reports at %s: %s; training goes on", self._url, error
                 )
             self._silenced = True
+
+
+def post(url: str, content: dict[str, Any]) -> dict[str, Any]:
+    """Tell the job channel something; its answer.  Raises OSError, ValueError or HTTPException."""
+    # Token and certificate are read anew each time: the kubelet renews the files.
+    token = Path(os.environ["INTERNLM_REPORT_TOKEN_FILE"]).read_text().strip()
+    context = ssl.create_default_context(cafile=os.environ["INTERNLM_REPORT_CA_FILE"])
+    request = urllib.request.Request(  # noqa: S310
+        url,
+        data=json.dumps(content).encode(),
+        headers={"Authorization": f"Bearer {token}", "Content-Type": "application/json"},
+    )
+    opener = urllib.request.build_opener(
+        urllib.request.ProxyHandler({}), urllib.request.HTTPSHandler(context=context)
+    )
+    with opener.open(request, timeout=TIMEOUT_SECONDS) as response:
+        answer = json.loads(response.read())
+    if not isinstance(answer, dict):
+        raise ValueError(f"answers {str(answer)[:100]!r}, and not an object")
+    return answer

@@ -74,18 +74,13 @@ class Stacks(NamedTuple):
 
 
 def parse_stacks(text: str) -> Stacks | None:
-    """The last dump in what faulthandler has written; None where there is none.
-
-    A dump ends with its main thread, which is the one that a signal reaches unless another one crashed.
-    """
+    """One dump of faulthandler's, or the crash that follows it; None where there is neither."""
     threads: list[tuple[bool, list[Frame]]] = []
     error = ""
     for line in text.splitlines():
         if found := _FATAL.match(line):
             error, threads = found[1], []
         elif line.endswith("(most recent call first):"):
-            if threads and threads[-1][0] and not error:
-                threads = []  # the current thread came last: this is the next dump
             threads.append((line.startswith("Current thread"), []))
         elif threads and (frame := _FRAME.match(line)):
             threads[-1][1].append(Frame(frame["file"], int(frame["line"]), frame["name"]))

@@ -29,10 +29,13 @@ def leave_message(reason: str, message: str, step: int | None = None) -> bool:
     return True
 
 
-def encode(reason: str, message: str, step: int | None) -> bytes:
-    """The message as one line of JSON of less than `MAX_BYTES`, whatever it takes to write its characters."""
+def encode(reason: str, message: str, step: int | None, **more: str | int) -> bytes:
+    """The message as one line of JSON of less than `MAX_BYTES`, whatever it takes to write its characters.
+
+    `more`: what the agent knows besides, such as `rank` and `evidence`.
+    """
     while True:
-        text = json.dumps({"reason": reason, "message": message, "step": step}, ensure_ascii=False)
+        text = json.dumps({"reason": reason, "message": message, "step": step} | more, ensure_ascii=False)
         line = text.encode(errors="replace") + b"\n"
         if len(line) < MAX_BYTES:
             return line
