@@ -211,7 +211,7 @@ FailureClass = Literal[
     "Infrastructure",
     "Unknown",
 ]
-FailureAction = Literal["GangRestart", "GangRestartAvoidingNode", "Reschedule", "Fail"]
+FailureAction = Literal["InPlaceRestart", "GangRestart", "GangRestartAvoidingNode", "Reschedule", "Fail"]
 
 
 class Attempt(StatusPart):
@@ -223,6 +223,10 @@ class Attempt(StatusPart):
     """When its pods were asked for."""
     spec_digest: str = ""
     """Digest of the part of the spec that its pods were made of."""
+    gang: int | None = None
+    """Number of the attempt whose pods it uses; none for pods of its own."""
+    ready: bool = False
+    """All agents of these pods have started its processes."""
     formed: bool = False
     """All of its pods existed at once; one that is missing afterwards was lost."""
     end_time: str = ""

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any, Literal
 
-from internlm_operator import failures, goodput, objects
+from internlm_operator import failures, goodput, inplace, objects
 from internlm_operator.api import KIND, ExcludedNode, JobStatus, Phase
 from internlm_operator.failures import Pod
 from internlm_operator.nodes import NodeHealth
@@ -90,6 +90,8 @@ class Observed:
     """Nodes by their names; those that are not known are taken for good."""
     excluded: list[ExcludedNode] = field(default_factory=list)
     """Nodes that other jobs have found to be at fault."""
+    agents: inplace.Agents = field(default_factory=dict)
+    """What the agents of the workers reported last."""
 
 
 @dataclass(frozen=True)
@@ -114,6 +116,9 @@ class Draft:
         self.generation: int = job["metadata"].get("generation") or 0
         self.stored = parse_status(job.get("status"))
         self.status: JobStatus = parse_status(job.get("status"))
+        # Only of the pods that the last attempt uses: an agent of another gang has nothing to say any more.
+        gang = inplace.pods_of(self.status.attempts[-1]) if self.status.attempts else None
+        self.agents = {i: agent for i, agent in observed.agents.items() if agent.report.gang == gang}
         self.actions: list[Action] = []
         self.wake_after: float | None = None
         self.urgent = False
@@ -125,7 +130,7 @@ class Draft:
     def gang(self) -> list[Pod]:
         """The current attempt's pods."""
         attempt = current_attempt(self.status)
-        number = str(attempt.number) if attempt else None
+        number = str(inplace.pods_of(attempt)) if attempt else None
         return [pod for pod in self.pods if pod["metadata"]["labels"].get(objects.ATTEMPT_LABEL) == number]
 
     def others(self) -> list[Pod]:

@@ -11,7 +11,7 @@ Conditions and their reasons:
 
 | condition  | true                                  | false                                                   |
 |------------|---------------------------------------|---------------------------------------------------------|
-| Running    | WorkersRunning                        | WorkersPending, WorkersStarting, Unschedulable, PodsRefused, WaitingToRestart, OldWorkersTerminating, Suspended, Finished, or the kubelet's reason (ImagePullBackOff...) |
+| Running    | WorkersRunning                        | WorkersPending, WorkersStarting, RestartingInPlace, Unschedulable, PodsRefused, WaitingToRestart, OldWorkersTerminating, Suspended, Finished, or the kubelet's reason (ImagePullBackOff...) |
 | Restarting | the failure's reason (Error, Evicted, PodLost...) | NotRestarting                               |
 | Suspended  | SuspendRequested                      | Suspending, NotSuspended                                |
 | Succeeded  | Completed                             | NotFinished, Failed                                     |
@@ -22,7 +22,7 @@ from __future__ import annotations
 
 from datetime import datetime, timedelta
 
-from internlm_operator import failures, nodes, objects
+from internlm_operator import failures, inplace, nodes, objects
 from internlm_operator.api import KIND, Attempt, JobSpec, Phase
 from internlm_operator.causes import cause_of
 from internlm_operator.failures import Failure, Pod
@@ -89,6 +89,8 @@ def reconcile(job: Object, observed: Observed, now: datetime) -> Plan:
             if verdict.action == "Fail":
                 return _fail(draft, verdict.reason, verdict.message)
             _say_restart(draft, failure)
+            if verdict.action == "InPlaceRestart":
+                _begin_attempt(draft, spec, inplace.pods_of(draft.status.attempts[-1]))
         else:
             _dissolve_if_stuck(draft)
 
@@ -109,12 +111,13 @@ def _note_progress(draft: Draft) -> None:
     if not status.attempts:
         return
     last = status.attempts[-1]
+    inplace.note_ready(last, status.workers.desired, draft.agents)
     report = observed.report
     if report is not None and observed.report_time is not None and report.attempt == last.number:
         take_report(status, report, observed.report_time)
     for pod in draft.pods:
         word = failures.termination(pod)
-        of_last = pod["metadata"]["labels"].get(objects.ATTEMPT_LABEL) == str(last.number)
+        of_last = pod["metadata"]["labels"].get(objects.ATTEMPT_LABEL) == str(inplace.pods_of(last))
         if of_last and word is not None and word.reason in ("Completed", "Stopped") and word.step is not None:
             take_last_step(status, word.step)
             # The pod goes soon, and its message with it.
@@ -154,7 +157,13 @@ def _fail(draft: Draft, reason: str, message: str) -> Plan:
 
 def _clean_up(draft: Draft) -> Plan:
     """A finished job keeps its ended pods for their logs, and nothing that runs."""
-    draft.remove([pod for pod in draft.pods if not failures.is_over(pod)], CRASH_GRACE_SECONDS)
+    ending = inplace.ending(draft.pods, draft.agents, draft.now)
+    if ending:
+        draft.wake(inplace.END_SECONDS)
+    running = [
+        pod for pod in draft.pods if not failures.is_over(pod) and pod["metadata"]["uid"] not in ending
+    ]
+    draft.remove(running, CRASH_GRACE_SECONDS)
     phase: Phase = "Succeeded" if holds(draft.status, "Succeeded") else "Failed"
     ttl = (draft.job.get("spec") or {}).get("ttlSecondsAfterFinished")
     age = seconds_since(draft.status.completion_time, draft.now)
@@ -216,13 +225,18 @@ def _end_if_changed(draft: Draft, spec: JobSpec) -> None:
 
 def _failure(draft: Draft, spec: JobSpec) -> Failure | None:
     """What ended the current attempt; None while it has every worker it should have."""
+    attempt = current_attempt(draft.status)
     gang = draft.gang()
+    if attempt is not None:
+        gang = [inplace.as_reported(pod, attempt, draft.agents) for pod in gang]
     found = [failure for pod in gang if (failure := failures.failure_of(pod)) is not None]
     lost = (pod for pod in gang if draft.health(node_of(pod)).gone and not failures.is_over(pod))
     found += map(failures.on_lost_node, lost)
-    attempt = current_attempt(draft.status)
     if attempt is not None and attempt.formed:
         there = {failures.index_of(pod) for pod in gang}
+        left = inplace.seconds_left(attempt, draft.now)
+        if left is not None and left <= 0:
+            found.append(inplace.late(attempt, gang, draft.agents))
         missing = [index for index in range(spec.nodes) if index not in there]
         found += [failures.lost(worker_name(draft.name, index), index) for index in missing]
     return failures.root_cause(found)
@@ -240,7 +254,10 @@ def _may_be_secondary(draft: Draft, failure: Failure) -> bool:
 def _judge(draft: Draft, spec: JobSpec, failure: Failure) -> Verdict:
     """Decide what to do about the failure of the current attempt, which is over."""
     cause = cause_of(failure, draft.health(failure.node))
-    verdict = decide(draft.status, spec.recovery, failure, cause, draft.now)
+    attempt = current_attempt(draft.status)
+    assert attempt is not None
+    stay = inplace.possible(attempt, draft.gang(), spec.nodes, draft.agents)
+    verdict = decide(draft.status, spec.recovery, failure, cause, draft.now, in_place=stay)
     note_failure(draft.status, spec.recovery, failure, cause, verdict.action, draft.now)
     if verdict.action == "GangRestartAvoidingNode":
         until = draft.status.excluded_nodes[-1].until
@@ -278,19 +295,26 @@ def _make_room(draft: Draft, spec: JobSpec) -> Plan | None:
 # A gang's life
 
 
-def _begin_attempt(draft: Draft, spec: JobSpec) -> None:
+def _begin_attempt(draft: Draft, spec: JobSpec, gang: int | None = None) -> None:
+    """`gang`: the attempt whose pods it uses, instead of new ones."""
     attempts = draft.status.attempts
     number = attempts[-1].number + 1 if attempts else 1
-    excluded = [] if attempts and attempts[-1].reason == STUCK else _excluded_nodes(draft)
+    if gang is not None:
+        excluded = attempts[-1].excluded_nodes
+    else:
+        excluded = [] if attempts and attempts[-1].reason == STUCK else _excluded_nodes(draft)
     new = Attempt(
         number=number,
         start_time=stamp(draft.now),
         spec_digest=objects.spec_digest(spec),
         excluded_nodes=excluded,
+        gang=gang,
+        formed=gang is not None,
     )
     draft.status.attempts = [*attempts, new][-MAX_ATTEMPTS:]
     away = f", away from {', '.join(excluded)}" if excluded else ""
-    draft.event("Normal", "AttemptStarted", f"Attempt {number} starts with {spec.nodes} workers{away}.")
+    workers = f"{spec.nodes} workers{away}" if gang is None else f"the {spec.nodes} workers that are there"
+    draft.event("Normal", "AttemptStarted", f"Attempt {number} starts with {workers}.")
 
 
 def _excluded_nodes(draft: Draft) -> list[str]:
@@ -350,7 +374,12 @@ def _form_and_follow(draft: Draft, spec: JobSpec) -> Plan:
 
     started = [pod for pod in gang if failures.is_running(pod) or failures.has_succeeded(pod)]
     if len(started) == spec.nodes:
-        return _run(draft, spec)
+        left = inplace.seconds_left(attempt, draft.now)
+        if left is None:
+            return _run(draft, spec)
+        draft.wake(left)
+        draft.say("Running", False, "RestartingInPlace", "The workers stay and start their processes again.")
+        return draft.plan("Restarting")
     return _wait_for_start(draft, spec, missing)
 
 

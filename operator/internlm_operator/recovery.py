@@ -1,8 +1,8 @@
 """What is done about a failure: restart, restart elsewhere, or the end; and what it costs of the budget.
 
 The ladder, from what costs least: a gang that Kubernetes took away is made again and costs nothing of the budget;
-a gang that failed is made again, away from the node where that is to blame; what a restart would meet again, and
-what has used up its budget, fails the job.
+the processes of a gang that failed start again in their pods; the gang is made again; it is made again away from the
+node that is to blame; what a restart would meet again, and what has used up its budget, fails the job.
 """
 
 from __future__ import annotations
@@ -50,9 +50,15 @@ class Verdict:
 
 
 def decide(
-    status: JobStatus, recovery: RecoverySpec, failure: Failure, cause: Cause, now: datetime
+    status: JobStatus,
+    recovery: RecoverySpec,
+    failure: Failure,
+    cause: Cause,
+    now: datetime,
+    *,
+    in_place: bool = False,
 ) -> Verdict:
-    """What to do about the failure of the current attempt."""
+    """What to do about the failure of the current attempt; `in_place`: whether its pods are fit for another one."""
     attempt = current_attempt(status)
     assert attempt is not None
     if _would_fail_again(attempt, failure):
@@ -65,7 +71,7 @@ def decide(
         return Verdict("Fail", reason, f"{failure.message} {sentence}")
     if _blames_node(status, recovery, failure, cause, now):
         return Verdict("GangRestartAvoidingNode")
-    return Verdict("GangRestart")
+    return Verdict("InPlaceRestart" if in_place else "GangRestart")
 
 
 def _would_fail_again(attempt: Attempt, failure: Failure) -> bool:

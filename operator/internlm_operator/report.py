@@ -36,6 +36,28 @@ class CheckpointReport(Message):
     """Digest of its manifest."""
 
 
+class EndedReport(Message):
+    """The end of a worker's processes, as its container would have ended with them."""
+
+    exit_code: Annotated[int, Field(ge=0, le=255)]
+    """The exit code."""
+    message: Annotated[str, Field(max_length=4096)] = ""
+    """The termination message."""
+
+
+class AgentReport(Message):
+    """How the processes of one worker are, as its agent tells it."""
+
+    worker: Annotated[int, Field(ge=0, le=2**16)]
+    """The worker's index."""
+    gang: Annotated[int, Field(ge=1, le=2**31)]
+    """The attempt that its pod was made for."""
+    attempt: Annotated[int, Field(ge=1, le=2**31)]
+    """The attempt that its processes belong to."""
+    ended: EndedReport | None = None
+    """Null while they run."""
+
+
 class Report(Message):
     """One rank's progress. Numbers are finite; what is not known is null."""
 

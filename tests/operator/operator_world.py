@@ -13,11 +13,12 @@ from typing import Any
 
 from internlm_operator import objects
 from internlm_operator.api import API_VERSION, KIND, ExcludedNode
+from internlm_operator.inplace import Agent
 from internlm_operator.merge import merge_patch
 from internlm_operator.nodes import NodeHealth
 from internlm_operator.plan import Action, Apply, Create, Delete, Event, Observed, Plan, Refusal
 from internlm_operator.reconcile import reconcile
-from internlm_operator.report import Report
+from internlm_operator.report import AgentReport, Report
 from internlm_operator.times import parse_time, stamp
 
 SETTINGS = objects.Settings("trainer:1", "https://internlm-operator.system.svc:8443", "CA")
@@ -79,6 +80,7 @@ class World:
         self.refused: Refusal | None = None
         self.nodes: dict[str, NodeHealth] = {}
         self.excluded: list[ExcludedNode] = []
+        self.agents: dict[int, Agent] = {}
         self._uids = 0
 
     # What reconcile sees and does
@@ -98,7 +100,9 @@ class World:
         report, time = self.report or (None, None)
         pods = copy.deepcopy(list(self.pods.values()))
         nodes, excluded = dict(self.nodes), copy.deepcopy(self.excluded)
-        return Observed(SETTINGS, pods, report, time, self.applied, self.refused, nodes, excluded)
+        return Observed(
+            SETTINGS, pods, report, time, self.applied, self.refused, nodes, excluded, dict(self.agents)
+        )
 
     def plan(self) -> Plan:
         job, observed = copy.deepcopy(self.job), self.observed()
@@ -206,6 +210,13 @@ class World:
     def complete(self, *indices: int, step: int = 400) -> None:
         for index in indices:
             self.end(index, 0, message("Completed", "done", step))
+
+    def agents_tell(self, attempt: int, *indices: int, ended: tuple[int, str] | None = None) -> None:
+        """Agents report that the processes of an attempt run, or have ended with (exit code, message)."""
+        for index in indices:
+            end = {"exitCode": ended[0], "message": ended[1]} if ended else None
+            content = {"worker": index, "gang": int(self.attempt_of(index)), "attempt": attempt, "ended": end}
+            self.agents[index] = Agent(AgentReport.model_validate_json(json.dumps(content)), self.now)
 
     def vanish(self, index: int) -> None:
         del self.pods[f"job-worker-{index}"]

@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 
 from internlm_operator.api import HangTimeouts, JobSpec
 from internlm_operator.manifest import JobError, load_manifests, parse_job
-from internlm_trainer.errors import EXIT_STOPPED, EXIT_USER_ERROR
+from internlm_trainer.errors import EXIT_STOPPED
 from internlm_trainer.ranks import POLL_SECONDS, Ended, Place, Ranks
 from internlm_trainer.storage import join
 from internlm_trainer.telemetry import diagnostics, evidence
@@ -63,7 +63,7 @@ class End(NamedTuple):
 
     @property
     def final(self) -> bool:
-        return self.code in (0, EXIT_USER_ERROR) or _parse(self.message).get("reason") in FINAL
+        return not self.code or _parse(self.message).get("reason") in FINAL
 
 
 class Link:

@@ -49,6 +49,7 @@ from internlm_trainer.telemetry.progress import Silence, Telemetry
 from internlm_trainer.telemetry.report import Reporter
 from internlm_trainer.telemetry.sinks import Sinks, asked_sinks
 from internlm_trainer.telemetry.stopwatch import Stopwatch
+from internlm_trainer.telemetry.stragglers import Slowest, slowest
 from internlm_trainer.weights.source import MASTER, Weights, fill
 
 log = logging.getLogger(__name__)
@@ -147,6 +148,9 @@ class Trainer:
         self.step = self.start_step = self.tokens = 0
         self.stopwatch, self.heartbeat = Stopwatch(world.device), Heartbeat(world.rank)
         first_copy = self.zero.layout.coordinates(world.rank)[3] == 0  # replicas hold the same
+        self.save_asked = False
+        self.slowest: Slowest | None = None
+        self._computed = 0.0
         self.saver = Saver(store, world, writes=first_copy, max_age=spec.checkpoint.max_age_seconds)
         checkpoint = newest_good(store, world, self._restore)
         if spec.model.init and not checkpoint:
@@ -182,8 +186,13 @@ class Trainer:
             rows = self.loader.next_step(micro_batches, range(world.rank, micro_batches, world.size))
             # The mean is over the tokens that carry loss in all rows of all ranks, so no layout changes it.
             mine = sum(row.learned for row in rows)
-            (labels, *saving), stop = world.exchange(mine, *self.saver.report())
-        self.saver.heard(*saving)
+            asked, times = self.telemetry.save_asked(self.step), self._times()
+            (labels, asks, *rest), stop = world.exchange(mine, asked, *times, *self.saver.report())
+        self.save_asked = asks > 0
+        if times:
+            self.slowest = slowest(rest[: len(times)])
+            self.telemetry.compared(self.slowest)
+        self.saver.heard(*rest[len(times) :])
         total, row_losses = torch.zeros((), device=world.device), []
         with self.section("fwd_bwd", on_device=True):
             for index, row in enumerate(rows):
@@ -207,6 +216,15 @@ class Trainer:
         self.tokens += self.row_tokens * micro_batches
         last = stop or self.step == self.total_steps
         return StepResult(self.step, common[0], norm, lr, last, rows, row_losses)
+
+    def _times(self) -> list[int]:
+        """After the steps that are logged, microseconds that each rank, here this one, computed since the last."""
+        if self.step % self.spec.training.log_every_steps:
+            return []
+        times, total = [0] * self.world.size, self.stopwatch.total("fwd_bwd")
+        times[self.world.rank] = round(1e6 * (total - self._computed))
+        self._computed = total
+        return times
 
     def micro_batches(self, tokens: int) -> int:
         """Of all ranks, in the step after `tokens` tokens of training."""
@@ -245,7 +263,7 @@ class Trainer:
 
     def due(self, result: StepResult) -> bool:
         """Whether the step is one to save, even if the save before it is not done yet."""
-        return result.last or result.step % self.spec.checkpoint.every_steps == 0
+        return result.last or self.save_asked or result.step % self.spec.checkpoint.every_steps == 0
 
     def pieces(self) -> Iterator[Piece]:
         """What this rank holds of weights and optimizer states, for `Saver`."""

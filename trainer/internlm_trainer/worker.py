@@ -33,7 +33,7 @@ from internlm_trainer.telemetry.diagnostics import (
     leave_memory_snapshot,
     set_flight_recorder,
 )
-from internlm_trainer.telemetry.heartbeat import Heartbeat
+from internlm_trainer.telemetry.heartbeat import Heartbeat, start_pulse
 from internlm_trainer.telemetry.progress import set_up_logging
 from internlm_trainer.telemetry.stacks import answer_for_stacks
 from internlm_trainer.telemetry.termination import leave_message
@@ -46,6 +46,7 @@ def main() -> int:
     rank = int(os.environ.get("RANK", "0"))
     set_up_logging(rank)
     answer_for_stacks(rank)
+    start_pulse(rank)
     _end_with_torchrun()
     try:
         return _train(rank)

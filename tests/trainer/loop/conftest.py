@@ -53,6 +53,9 @@ class Channel:
     answer: int | bytes = 200
     reports: list[dict[str, Any]] = field(default_factory=list)
     tokens: set[str] = field(default_factory=set)
+    agents: list[dict[str, Any]] = field(default_factory=list)
+    attempt: int = 1
+    checkpoint: str = ""
 
     @property
     def environment(self) -> dict[str, str]:
@@ -92,6 +95,8 @@ def channel(channel_server: Channel) -> Channel:
     channel_server.answer = 200
     channel_server.reports.clear()
     channel_server.tokens.clear()
+    channel_server.agents.clear()
+    channel_server.attempt, channel_server.checkpoint = 1, ""
     return channel_server
 
 
@@ -101,14 +106,17 @@ class _Handler(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         body = self.rfile.read(int(self.headers["Content-Length"]))
         self.channel.tokens.add(self.headers["Authorization"])
-        self.channel.reports.append(json.loads(body))
+        of_agent = self.path.endswith("/agent")
+        (self.channel.agents if of_agent else self.channel.reports).append(json.loads(body))
         if isinstance(self.channel.answer, bytes):
             self.wfile.write(self.channel.answer)
             return
         self.send_response(self.channel.answer)
-        self.send_header("Content-Length", "2")
+        directive = {"attempt": self.channel.attempt} if of_agent else {"checkpoint": self.channel.checkpoint}
+        answer = json.dumps(directive).encode()
+        self.send_header("Content-Length", str(len(answer)))
         self.end_headers()
-        self.wfile.write(b"{}")
+        self.wfile.write(answer)
 
     def log_message(self, format: str, *args: object) -> None:
         """Quiet."""

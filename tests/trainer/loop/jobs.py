@@ -44,6 +44,7 @@ class TinyJob:
     parallel: dict[str, Any] = field(default_factory=dict)
     checkpoint: dict[str, Any] = field(default_factory=dict)
     telemetry: dict[str, Any] = field(default_factory=dict)
+    recovery: dict[str, Any] = field(default_factory=dict)
 
     @property
     def checkpoints(self) -> Path:
@@ -88,6 +89,7 @@ class TinyJob:
             "checkpoint": {"path": str(self.checkpoints), "everySteps": EVERY, "async": False}
             | self.checkpoint,
             "telemetry": self.telemetry,
+            "recovery": self.recovery,
         }
         return {
             "apiVersion": "training.internlm.io/v1alpha1",
@@ -107,6 +109,11 @@ class TinyJob:
         """The job's processes, as a pod starts them."""
         command = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={self.processes}"]
         return self._start([*command, "-m", WORKER], environment)
+
+    def agent(self, **environment: str) -> Running:
+        """The job's processes below the agent, as a pod has them."""
+        place = [f"--nproc-per-node={self.processes}", f"--master-port={free_port()}"]
+        return self._start(["-m", "internlm_trainer.agent", *place], environment)
 
     def alone(self, **environment: str) -> Running:
         """The job's only process, without torchrun."""

@@ -54,6 +54,8 @@ class Progress(Callback):
         trainer.telemetry.skipped(counts.skipped, counts.last)
         values: dict[str, float] = {"step": result.step, "loss": loss, "grad_norm": norm, "lr": result.lr}
         values |= {"loss_scale": loss_scale, "inf_nan_skip_batches": counts.skipped}
+        if slowest := trainer.slowest:
+            values |= {"straggler_rank": slowest.rank, "straggler_score": slowest.score}
         trainer.telemetry.measured(values | self._speed(sums) | self._batch(result.rows) | self._losses(sums))
 
     def _speed(self, sums: Sums) -> dict[str, float]:

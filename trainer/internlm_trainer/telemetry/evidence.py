@@ -17,12 +17,14 @@ from typing import NamedTuple
 from internlm_trainer.storage import join, write_whole
 from internlm_trainer.telemetry.diagnostics import FLIGHT_RECORDER
 from internlm_trainer.telemetry.hangs import Beat
+from internlm_trainer.telemetry.heartbeat import PULSE_SECONDS, pulse_file
 from internlm_trainer.telemetry.stacks import SIGNAL, Stacks, parse_stacks, stacks_file
 
 log = logging.getLogger(__name__)
 
 DUMP_SECONDS = 3.0
 RECORD_SECONDS = 5.0
+SILENT_SECONDS = 3 * PULSE_SECONDS
 UPLOAD_SECONDS = 20.0
 _STATES = {
     "T": "it was stopped by a signal (SIGSTOP)",
@@ -40,15 +42,19 @@ class Found(NamedTuple):
     """The kernel's letter: R, S, D, T..."""
     stacks: Stacks | None
     """None where it did not answer."""
+    silent: bool
+    """Whether its interpreter stands still."""
 
     @property
     def waits_for_others(self) -> bool:
-        return self.state not in _STATES and self.stacks is not None and self.stacks.in_collective
+        return not self.silent and self.stacks is not None and self.stacks.in_collective
 
     @property
     def telling(self) -> str:
         """One line: what it does."""
         said = [_STATES[self.state]] if self.state in _STATES else []
+        if self.silent and not said:
+            said = ["a call holds its interpreter"]
         said += [
             f"in {self.stacks.telling}" if self.stacks else "it does not answer when asked for its stack"
         ]
@@ -59,6 +65,7 @@ def look_into(pids: Mapping[int, int], folder: Path) -> dict[int, Found]:
     """Have processes, by rank, leave their stacks in `folder`; a stopped one goes on for that."""
     before = {rank: _size(stacks_file(folder, rank)) for rank in pids}
     states = {rank: _state(pid) for rank, pid in pids.items()}
+    silent = {rank: _age(pulse_file(folder, rank)) > SILENT_SECONDS for rank in pids}
     asked = {rank for rank in pids if stacks_file(folder, rank).exists()}  # else the signal would end it
     for rank in asked:
         with suppress(ProcessLookupError):
@@ -66,15 +73,15 @@ def look_into(pids: Mapping[int, int], folder: Path) -> dict[int, Found]:
             if states[rank] == "T":
                 os.kill(pids[rank], signal.SIGCONT)
     _wait_for({stacks_file(folder, rank): before[rank] for rank in asked}, DUMP_SECONDS)
-    return {rank: Found(states[rank], _stacks(folder, rank, before[rank])) for rank in pids}
+    return {rank: Found(states[rank], _stacks(folder, rank, before[rank]), silent[rank]) for rank in pids}
 
 
 def culprit(beats: list[Beat], found: Mapping[int, Found]) -> Beat:
-    """Who the others wait for: a stopped one, else who is behind, else who does not wait for others itself."""
+    """Who the others wait for: one that stands still, else who is behind, else who does not wait itself."""
     return min(
         (beat for beat in beats if beat.rank in found),
         key=lambda beat: (
-            found[beat.rank].state != "T",
+            not found[beat.rank].silent,
             beat.progress,
             found[beat.rank].waits_for_others,
             beat.rank,
@@ -148,6 +155,13 @@ def _state(pid: int) -> str:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
     except OSError as error:
         return "?" if error.errno != errno.ESRCH else "Z"
+
+
+def _age(file: Path) -> float:
+    try:
+        return time.time() - file.stat().st_mtime
+    except OSError:
+        return 0.0
 
 
 def _size(file: Path) -> int:

@@ -5,10 +5,35 @@ from __future__ import annotations
 import json
 import logging
 import os
+import threading
 import time
 from pathlib import Path
 
 log = logging.getLogger(__name__)
+
+PULSE_SECONDS = 0.5
+
+
+def pulse_file(folder: Path, rank: int) -> Path:
+    """A file that is touched as long as a rank's interpreter runs."""
+    return folder / f"rank-{rank}.pulse"
+
+
+def start_pulse(rank: int) -> None:
+    """Touch this rank's pulse from now on; where it stops, no Python runs in this process, whatever it waits for."""
+    folder = os.environ.get("INTERNLM_HEARTBEAT_DIR")
+    if folder:
+        file = pulse_file(Path(folder), rank)
+        threading.Thread(target=_pulse, args=[file], name="pulse", daemon=True).start()
+
+
+def _pulse(file: Path) -> None:
+    while True:
+        try:
+            file.touch()
+        except OSError:
+            return  # the folder went with the agent
+        time.sleep(PULSE_SECONDS)
 
 
 class Heartbeat:

@@ -16,6 +16,7 @@ from internlm_trainer.checkpoint import CommittedCheckpoint
 from internlm_trainer.telemetry.logs import JsonFormatter
 from internlm_trainer.telemetry.report import Reporter
 from internlm_trainer.telemetry.sinks import Sinks, Values
+from internlm_trainer.telemetry.stragglers import Slowest, Stragglers
 
 log = logging.getLogger(__name__)
 
@@ -57,6 +58,8 @@ class Telemetry:
             "checkpointStallSeconds": 0.0,
         }
         self._reporter, self._sinks = reporter, sinks
+        self._request, self._requested_at = "", 0
+        self._stragglers = Stragglers()
         self._live: Progress | None = None
         if sys.stdout.isatty() and "INTERNLM_REPORT_URL" not in os.environ:
             self._live = Progress(
@@ -80,6 +83,25 @@ class Telemetry:
         """A step is done."""
         if self._live:
             self._live.update(self._task, completed=step)
+
+    def save_asked(self, step: int) -> bool:
+        """Whether the operator asks for a checkpoint after the next step, which is heard once; `step` are done."""
+        request = self._reporter.checkpoint_request
+        if not request or request == self._request:
+            return False
+        log.info("a checkpoint is asked for: %s", request)
+        self._request, self._requested_at = request, step
+        return True
+
+    def compared(self, found: Slowest | None) -> None:
+        """The ranks' computing times since the last time are known."""
+        if self._stragglers.lasting(found) and found:
+            log.warning(
+                "rank %d is a straggler: it computes %.2f times as long as the median rank, and all wait for it",
+                found.rank,
+                found.score,
+                extra={"fields": {"straggler_rank": found.rank, "straggler_score": round(found.score, 3)}},
+            )
 
     def measured(self, values: Values) -> None:
         """A step's values are known: show and report them.  docs/telemetry.md says what they are."""
@@ -138,6 +160,8 @@ class Telemetry:
         }
         self._report["failedSaves"] = 0
         self._report["checkpointStallSeconds"] += stall or 0.0
+        if committed.step > self._requested_at and self._request:
+            self._report["checkpointRequest"] = self._request
         self._report["step"] = max(self._report["step"], committed.step)
         self._send()
         if seconds is not None and stall is not None:
@@ -192,6 +216,10 @@ class Silence:
 
     def begin(self, load_seconds: float) -> None: ...
     def step(self, step: int) -> None: ...
+    def save_asked(self, step: int) -> bool:  # noqa: ARG002
+        return False
+
+    def compared(self, found: Slowest | None) -> None: ...
     def measured(self, values: Values) -> None: ...
     def skipped(self, total: int, last: int) -> None: ...
     def validated(self, step: int, values: Values) -> None: ...

@@ -38,6 +38,11 @@ class Reporter:
             self._newest = report
             self._changed.notify()
 
+    @property
+    def checkpoint_request(self) -> str:
+        """The name of the checkpoint that the operator asks for now; empty for none."""
+        return str(self._answer.get("checkpoint") or "")
+
     def close(self) -> None:
         """Send what is waiting, within a few seconds."""
         if not self._url:

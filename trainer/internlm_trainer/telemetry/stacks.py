@@ -15,7 +15,14 @@ from typing import NamedTuple
 
 SIGNAL = signal.SIGUSR1
 # Threads that sleep here wait for work, and say nothing about a hang.
-_IDLE = ("threading.py", "queue.py", "selectors.py", "concurrent/futures/thread.py", "socketserver.py")
+_IDLE = (
+    "threading.py",
+    "queue.py",
+    "selectors.py",
+    "concurrent/futures/thread.py",
+    "socketserver.py",
+    "heartbeat.py",
+)
 _COLLECTIVE = "torch/distributed/"
 _FRAME = re.compile(r'^  File "(?P<file>[^"]*)", line (?P<line>\d+) in (?P<name>.*)$')
 _FATAL = re.compile(r"^Fatal Python error: (.*)$", re.MULTILINE)

@@ -22,6 +22,7 @@ class Stopwatch:
     def __init__(self, device: torch.device) -> None:
         self._cuda = device.type == "cuda"
         self._seconds: dict[str, float] = {}
+        self._totals: dict[str, float] = {}
         self._events: deque[tuple[str, torch.cuda.Event, torch.cuda.Event]] = deque()
 
     @contextmanager
@@ -47,10 +48,15 @@ class Stopwatch:
         seconds, self._seconds = self._seconds, {}
         return seconds
 
+    def total(self, name: str) -> float:
+        """A section's seconds since the beginning."""
+        return self._totals.get(name, 0.0)
+
     def _drain(self) -> None:
         while self._events and self._events[0][2].query():
             name, start, end = self._events.popleft()
             self._add(name, start.elapsed_time(end) / 1000)
 
     def _add(self, name: str, seconds: float) -> None:
-        self._seconds[name] = self._seconds.get(name, 0.0) + seconds
+        for sums in (self._seconds, self._totals):
+            sums[name] = sums.get(name, 0.0) + seconds
