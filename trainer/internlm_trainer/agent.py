@@ -24,6 +24,7 @@ from collections.abc import Mapping
 from http.client import HTTPException
 from pathlib import Path
 from typing import Any, NamedTuple
+from urllib.error import HTTPError
 
 from internlm_operator.api import HangTimeouts, JobSpec
 from internlm_operator.manifest import JobError, load_manifests, parse_job
@@ -73,7 +74,7 @@ class Link:
         self.attempt = first_attempt
         """The newest attempt that the operator wants of this pod."""
         self.finished = False
-        """Whether the job is over."""
+        """Whether the job is over, or the operator knows of no agents: nothing is to be waited for."""
         url = os.environ.get("INTERNLM_REPORT_URL", "")
         self.url = f"{url.removesuffix('/report')}/agent" if url else ""
         self._state: dict[str, Any] = {"worker": node_rank, "gang": first_attempt, "attempt": first_attempt}
@@ -101,6 +102,8 @@ class Link:
                 self.attempt = max(self.attempt, int(answer.get("attempt", 0)))
                 self.finished = bool(answer.get("finished"))
                 self._silenced = False
+            except HTTPError as error:
+                self.finished = error.code in (404, 405)
             except (OSError, ValueError, TypeError, HTTPException) as error:
                 if not self._silenced:
                     log.warning("the operator does not answer at %s: %s", self.url, error)
@@ -214,9 +217,10 @@ class Agent:
             kept = f"; all ranks' stacks are in {url}"
         ranks.end(0.0)
         who = "waits for the others" if found.waits_for_others else "hangs"
-        text = f"rank {beat.rank} {who} in {beat.place} for {late.seconds:.0f} s, of {late.limit:.0f} s allowed{kept}"
+        time_there = f"for {late.seconds:.0f} s, of {late.limit:.0f} s allowed"
+        text = f"rank {beat.rank} {who} in {beat.place} {time_there}: {found.telling}{kept}"
         said = f"rank {beat.rank}, {beat.place}: {found.telling}"
-        log.error("%s: %s", text, said)
+        log.error("%s", text)
         return End(EXIT_HUNG, encode("Hung", text, None, rank=beat.rank, evidence=said))
 
 
