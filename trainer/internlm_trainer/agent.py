@@ -180,12 +180,15 @@ class Agent:
             if time.monotonic() - looked < LOOK_SECONDS:
                 continue
             looked = time.monotonic()
-            late = watch.look(ranks.beats(), looked)
+            beats = ranks.beats()
+            late = watch.look(beats, looked)
             patient = late is not None and late.beat == waiting and late.seconds < PATIENCE * late.limit
             if late is None or patient:
                 continue
-            found = evidence.look_into(ranks.running(), ranks.folder)
-            beat = evidence.culprit(ranks.beats(), found)
+            found = evidence.look_into(
+                {beat.rank: ranks.processes[beat.rank].pid for beat in beats}, ranks.folder
+            )
+            beat = evidence.culprit(beats, found)
             if found[beat.rank].waits_for_others and late.seconds < PATIENCE * late.limit:
                 waiting = late.beat
                 continue
@@ -211,7 +214,6 @@ class Agent:
         if self._spec:
             folder = diagnostics.folder(self._spec.telemetry.diagnostics_path)
             evidence.take_flight_records(list(ranks.running()), folder, ranks.folder)
-        if self._spec:
             url = join(self._spec.checkpoint.path, "diagnostics", f"attempt-{attempt}")
             self._uploads.append(evidence.Upload(ranks.folder, url))
             kept = f"; all ranks' stacks are in {url}"

@@ -63,6 +63,7 @@ class Ranks:
         """`folder`: an empty one, for their heartbeats, stacks and message."""
         self.folder = folder
         self.message_file = folder / "message"
+        self._over = False
         own = {"INTERNLM_HEARTBEAT_DIR": str(folder), "INTERNLM_TERMINATION_LOG": str(self.message_file)}
         self.processes: dict[int, subprocess.Popen[bytes]] = {}
         for local_rank in range(place.nproc_per_node):
@@ -100,6 +101,9 @@ class Ranks:
 
     def end(self, seconds: float) -> None:
         """Ask them to end and give them so long; then none of them, and none that they started, is left."""
+        if self._over:
+            return
+        self._over = True  # once: the ids of groups that are gone may come to be somebody else's
         if seconds:
             self.send(signal.SIGTERM)
         deadline = time.monotonic() + seconds

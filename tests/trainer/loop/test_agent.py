@@ -26,9 +26,6 @@ def raise_in_the_main_thread():
     main = ctypes.c_ulong(threading.main_thread().ident)
     ctypes.pythonapi.PyThreadState_SetAsyncExc(main, ctypes.py_object(ArithmeticError))
 
-def abort():
-    os.abort()
-
 def segfault():
     ctypes.string_at(0)
 
@@ -75,7 +72,6 @@ EXPECTED = {
     "SIGSTOP": ("Hung", "rank 1", "it was stopped by a signal (SIGSTOP)"),
     "hold_the_interpreter": ("Hung", "rank 1", "in hold_the_interpreter ("),
     "raise_in_the_main_thread": ("Error", "rank 1: ArithmeticError", ""),
-    "abort": ("Killed", "rank 1 was ended by signal 6 (SIGABRT)", "Aborted: abort ("),
     "segfault": ("Killed", "rank 1 was ended by signal 11 (SIGSEGV)", "Segmentation fault: string_at ("),
 }
 
@@ -87,15 +83,15 @@ def test_each_fault_of_a_process_has_a_typed_reason_with_evidence_and_all_ranks_
     job = tiny(
         training={"steps": 100000},
         checkpoint={"everySteps": 10},
-        recovery={"hangTimeouts": {"stepSeconds": 2}},
+        recovery={"hangTimeouts": {"stepSeconds": 5}},
     )
     path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
     run = job.agent(**channel.environment, PYTHONPATH=path, FAULTS=str(tmp_path))
     told: dict[str, dict[str, Any]] = {}
     for attempt, fault in enumerate(EXPECTED, 1):
         begin = len(run.log)
-        wait_until(lambda begin=begin: run.log.count("  loss ", begin) >= 20, run)
-        time.sleep(1.5)  # the agent sees steps, not only the set-up's end
+        wait_until(lambda begin=begin: run.log.count("  loss ", begin) >= 5, run)
+        time.sleep(1)  # the agent sees steps, not only the set-up's end
         cause(run, tmp_path, attempt, fault)
         told[fault] = wait_until(lambda attempt=attempt: ended(channel, attempt), run)
         channel.attempt = attempt + 1

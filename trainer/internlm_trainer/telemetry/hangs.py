@@ -92,8 +92,11 @@ class Watch:
             for seen in self._seen.values():
                 seen.since, seen.step_since = seen.since + slept, seen.step_since + slept
         self._looked = now
+        there = set()
         for beat in beats:
             self._take(beat, now)
+            there.add(beat.rank)
+        self._seen = {rank: seen for rank, seen in self._seen.items() if rank in there}
         if not self._seen:
             return None
         last = min(self._seen.values(), key=lambda seen: (seen.beat.progress, seen.since, seen.beat.rank))
