@@ -357,6 +357,8 @@ class JobStatus(StatusPart):
     """Step of total, for the printed column."""
     checkpoint: Checkpoint | None = None
     """The newest committed checkpoint."""
+    checkpoint_request: str = ""
+    """Value of the annotation `training.internlm.io/checkpoint-now` whose checkpoint is there."""
     restarts: int = 0
     """Gang restarts so far."""
     attempts_without_progress: int = 0

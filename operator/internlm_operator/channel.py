@@ -21,10 +21,11 @@ from yarl import URL
 from internlm_operator import kubeflow, metrics
 from internlm_operator.authentication import Authenticator, Pods, Verdict
 from internlm_operator.controller import Key
+from internlm_operator.inplace import Directive
 from internlm_operator.kube import ApiError
 from internlm_operator.limits import Buckets
-from internlm_operator.objects import report_path
-from internlm_operator.report import MAX_REPORT_BYTES, Report
+from internlm_operator.objects import agent_path, report_path, worker_name
+from internlm_operator.report import MAX_REPORT_BYTES, AgentReport, Report
 
 # Requests under way at once; a job of 1,000 pods that all begin to report at once waits for its turn.
 MAX_REQUESTS = 1024
@@ -48,6 +49,12 @@ class Jobs(Pods, Protocol):
     def last_report(self, key: Key) -> Report | None: ...
 
     def on_report(self, key: Key, report: Report) -> None: ...
+
+    def on_agent(self, key: Key, report: AgentReport) -> Directive: ...
+
+    def attempt_of_pod(self, key: Key, gang: int) -> int: ...
+
+    def checkpoint_request(self, key: Key) -> str: ...
 
 
 class Leader(Protocol):
@@ -94,6 +101,7 @@ class Channel:
         app = web.Application(client_max_size=MAX_REPORT_BYTES, middlewares=[self._shape, self._pass_on])
         app.cleanup_ctx.append(self._connect)
         app.router.add_post(report_path("{namespace}", "{name}"), self._report, name="report")
+        app.router.add_post(agent_path("{namespace}", "{name}"), self._agent, name="agent")
         path = kubeflow.status_path("{namespace}", "{name}")
         app.router.add_post(path, self._kubeflow_status, name="kubeflow")
         return app
@@ -168,15 +176,24 @@ class Channel:
         key, _ = await self._authenticate(request)
         report = parse(Report, await request.read())
         self._accept(key, report)
-        return web.json_response({})
+        asked = self._jobs.checkpoint_request(key)
+        return web.json_response({"checkpoint": asked} if asked else {})
+
+    async def _agent(self, request: web.Request) -> web.Response:
+        key, verdict = await self._authenticate(request)
+        report = parse(AgentReport, await request.read())
+        if verdict.pod != worker_name(key[1], report.worker):
+            raise RefusedError(403, f"pod {verdict.pod} is not worker {report.worker}")
+        return web.json_response(self._jobs.on_agent(key, report)._asdict())
 
     async def _kubeflow_status(self, request: web.Request) -> web.Response:
         key, verdict = await self._authenticate(request)
         body = await request.read()
         content = parse(kubeflow.ProgressStatus, body)
         last = self._jobs.last_report(key)
-        of_attempt = last if last is not None and last.attempt == verdict.attempt else None
-        report = kubeflow.to_report(content, verdict.attempt, of_attempt)
+        attempt = self._jobs.attempt_of_pod(key, verdict.attempt)
+        of_attempt = last if last is not None and last.attempt == attempt else None
+        report = kubeflow.to_report(content, attempt, of_attempt)
         if report is not None:
             self._accept(key, report)
         return web.Response(body=body, content_type="application/json")

@@ -18,14 +18,22 @@ from typing import Any
 
 from internlm_operator import metrics
 from internlm_operator.api import API_VERSION, KIND, ExcludedNode
+from internlm_operator.inplace import Agent, Directive, attempt_of_pods, directive
 from internlm_operator.kube import FIELD_MANAGER, ApiError, Kube
 from internlm_operator.limits import Buckets
 from internlm_operator.merge import merge_patch
 from internlm_operator.nodes import GONE, NodeHealth, health_of, shared
-from internlm_operator.objects import JOB_LABEL, Object, Settings, digest, shared_objects
+from internlm_operator.objects import (
+    CHECKPOINT_ANNOTATION,
+    JOB_LABEL,
+    Object,
+    Settings,
+    digest,
+    shared_objects,
+)
 from internlm_operator.plan import Action, Apply, Create, Delete, Event, Observed, Plan, Refusal, node_of
 from internlm_operator.reconcile import reconcile
-from internlm_operator.report import Report
+from internlm_operator.report import MAX_REQUEST, AgentReport, Report
 from internlm_operator.status import parse_status
 from internlm_operator.times import stamp
 from internlm_operator.workqueue import RetryError, WorkQueue
@@ -66,6 +74,7 @@ class Controller:
         self._nodes: dict[str, NodeHealth] = {}
         self._excluded: dict[Key, list[ExcludedNode]] = {}
         self._reports: dict[Key, tuple[Report, datetime]] = {}
+        self._agents: dict[Key, dict[int, Agent]] = defaultdict(dict)
         self._applied: dict[Key, str] = {}
         self._refused: dict[Key, Refusal] = {}
         self._read_at: dict[Key, float] = {}
@@ -134,6 +143,26 @@ class Controller:
         for key, pods in self._pods.items():
             if key in self._jobs and any(node_of(pod) == name for pod in pods.values()):
                 self._queue.add(key)
+
+    def on_agent(self, key: Key, report: AgentReport) -> Directive:
+        """What a worker's agent tells, as the job channel accepted it; the answer."""
+        agents = self._agents[key]
+        known = agents.get(report.worker)
+        if known is None or (known.report != report and known.report.gang <= report.gang):
+            agents[report.worker] = Agent(report, datetime.now(UTC))
+            self._queue.add(key)
+        return directive((self._jobs.get(key) or {}).get("status") or {}, report)
+
+    def attempt_of_pod(self, key: Key, gang: int) -> int:
+        """The attempt that a pod belongs to now, which was made for attempt `gang`."""
+        return attempt_of_pods((self._jobs.get(key) or {}).get("status") or {}, gang) or gang
+
+    def checkpoint_request(self, key: Key) -> str:
+        """The name of the checkpoint that is asked for and not there yet; empty for none."""
+        job = self._jobs.get(key) or {}
+        asked = (job.get("metadata", {}).get("annotations") or {}).get(CHECKPOINT_ANNOTATION, "")
+        done = (job.get("status") or {}).get("checkpointRequest", "")
+        return "" if asked == done else str(asked)[:MAX_REQUEST]
 
     def on_report(self, key: Key, report: Report) -> None:
         """A report that the job channel accepted."""
@@ -244,6 +273,7 @@ class Controller:
             report_time=report_time,
             applied=self._applied.get(key, ""),
             refused=self._refused.get(key),
+            agents=dict(self._agents.get(key, {})),
             nodes=self._nodes,
             excluded=[entry for other, found in self._excluded.items() if other != key for entry in found],
         )
@@ -314,6 +344,7 @@ class Controller:
             return known
         if not same:
             self._reports.pop(key, None)
+            self._agents.pop(key, None)
             self._applied.pop(key, None)
             self._refused.pop(key, None)
         job = {**job, "metadata": {k: v for k, v in job["metadata"].items() if k != "managedFields"}}
@@ -332,6 +363,7 @@ class Controller:
         caches: list[dict[Key, Any]] = [
             self._jobs,
             self._reports,
+            self._agents,
             self._applied,
             self._refused,
             self._read_at,

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from datetime import datetime
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from internlm_operator.api import Attempt
 from internlm_operator.failures import CONTAINER, Failure, Pod, index_of, is_running, is_terminating
@@ -21,6 +21,28 @@ READY_SECONDS = 60.0
 # An agent whose processes have ended asks every second, and hears that the job is finished.
 END_SECONDS = 10.0
 NOT_READY = "InPlaceRestartFailed"
+
+
+class Directive(NamedTuple):
+    """What an agent is to do; the answer to its report."""
+
+    attempt: int
+    """The attempt whose processes it is to run."""
+    finished: bool
+    """Whether the job is over, so that nothing is to be waited for."""
+
+
+def directive(status: Mapping[str, Any], report: AgentReport) -> Directive:
+    """What the agent that reports so is to do, by the job's stored status."""
+    wanted = attempt_of_pods(status, report.gang)
+    return Directive(wanted or report.attempt, bool(status.get("completionTime")))
+
+
+def attempt_of_pods(status: Mapping[str, Any], gang: int) -> int | None:
+    """The current attempt, if it uses the pods that were made for attempt `gang`."""
+    last = (status.get("attempts") or [{}])[-1]
+    uses = gang == (last.get("gang") or last.get("number"))
+    return int(last["number"]) if uses and not last.get("endTime") else None
 
 
 class Agent(NamedTuple):

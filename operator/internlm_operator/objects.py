@@ -22,6 +22,8 @@ Object = dict[str, Any]
 JOB_LABEL = f"{GROUP}/job-name"
 INDEX_LABEL = f"{GROUP}/replica-index"
 ATTEMPT_LABEL = f"{GROUP}/attempt"
+# Its value names a checkpoint that somebody asks for now.
+CHECKPOINT_ANNOTATION = f"{GROUP}/checkpoint-now"
 
 MASTER_PORT = 29500
 CONFIG_DIR = "/etc/internlm"
@@ -77,6 +79,11 @@ def shared_objects(job: Object, settings: Settings) -> list[Object]:
     if asked or (job.get("status") or {}).get("podDisruptionBudget"):
         made.append(pod_disruption_budget(job, job["spec"].get("nodes", 1) if asked else 0))
     return made
+
+
+def agent_path(namespace: str, name: str) -> str:
+    """Path of what the agents of the job's workers tell and ask on the job channel."""
+    return report_path(namespace, name).removesuffix("report") + "agent"
 
 
 def service(job: Object) -> Object:

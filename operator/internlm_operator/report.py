@@ -10,6 +10,8 @@ from internlm_trainer.config import Spec
 
 # Whatever a pod sends ends in the job's status, which every watcher of the job reads: keep it small.
 MAX_REPORT_BYTES = 64 * 1024
+# Name of a checkpoint that is asked for.
+MAX_REQUEST = 253
 _Step = Annotated[int, Field(ge=0, le=2**53)]
 _Seconds = Annotated[FiniteFloat, Field(ge=0, le=2**31)]
 _Count = Annotated[int, Field(ge=0, le=2**63 - 1)]
@@ -93,5 +95,7 @@ class Report(Message):
     """Seconds of this attempt that training stood still for checkpoints."""
     eta_seconds: _Count | None = None
     """Seconds that the rest will take at this speed."""
+    checkpoint_request: Annotated[str, Field(max_length=MAX_REQUEST)] = ""
+    """The name of the last checkpoint that was asked for and is there."""
     checkpoint: CheckpointReport | None = None
     """The newest committed checkpoint."""

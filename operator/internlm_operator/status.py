@@ -111,6 +111,7 @@ def take_report(status: JobStatus, report: Report, time: datetime) -> None:
         last_report_time=stamp(time),
     )
     status.progress_text = f"{report.step}/{report.total_steps}"
+    status.checkpoint_request = report.checkpoint_request or status.checkpoint_request
     found, known = report.checkpoint, status.checkpoint
     if found is not None and (known is None or found.step >= known.step):
         status.checkpoint = Checkpoint.model_validate(found.model_dump(by_alias=True))
@@ -162,7 +163,9 @@ def only_progress_changed(old: JobStatus, new: JobStatus) -> bool:
 
 
 def _without_progress(status: JobStatus) -> dict[str, Any]:
-    content = status.model_dump(exclude={"progress", "progress_text", "checkpoint", "goodput"})
+    content = status.model_dump(
+        exclude={"progress", "progress_text", "checkpoint", "checkpoint_request", "goodput"}
+    )
     for attempt in content["attempts"]:
         for field in _PROGRESS_OF_ATTEMPT:
             attempt.pop(field)

@@ -18,7 +18,7 @@ from operator_process import NAMESPACE, Here
 from operator_world import make_report
 
 from cluster import binaries
-from internlm_operator import channel, objects
+from internlm_operator import api, channel, objects
 
 pytestmark = pytest.mark.cluster
 
@@ -131,6 +131,54 @@ def test_rubbish_from_a_pod_with_a_good_token_is_refused_and_too_much_of_it_too(
     assert here.send("fuzz", good, token)[0] == 200
     assert len(json.dumps(here.status("fuzz"))) < 4096
     here.delete("fuzz")
+
+
+def test_agents_hear_of_a_new_attempt_for_their_pods_and_of_the_end(here: Here) -> None:
+    pods = here.start("stay")
+    path = objects.agent_path(NAMESPACE, "stay")
+    tokens = [here.token(pod, objects.audience(NAMESPACE, "stay")) for pod in pods]
+
+    def tell(
+        worker: int, attempt: int, sender: int | None = None, **ended: Any
+    ) -> tuple[int, dict[str, Any]]:
+        content = {"worker": worker, "gang": 1, "attempt": attempt, "ended": ended or None}
+        token = tokens[worker if sender is None else sender]
+        return here.send("stay", json.dumps(content).encode(), token, path=path)
+
+    for worker in range(2):
+        assert tell(worker, 1) == (200, {"attempt": 1, "finished": False})
+    assert tell(0, 1, sender=1)[0] == 403
+    hung = json.dumps(
+        {"reason": "Hung", "message": "rank 1 hangs", "rank": 1, "evidence": "rank 1: in x (y:1)"}
+    )
+    assert tell(0, 1, exitCode=70, message=hung)[0] == 200
+    here.wait(lambda: tell(1, 1) == (200, {"attempt": 2, "finished": False}), "a new attempt", "stay")
+    failure = here.status("stay")["lastFailure"]
+    assert (failure["reason"], failure["rank"], failure["action"]) == ("Hung", 1, "InPlaceRestart")
+    assert "rank 1: in x (y:1)" in failure["evidence"]
+    assert here.status("stay")["phase"] == "Restarting"
+    for worker in range(2):
+        tell(worker, 2)
+    here.wait_phase("stay", "Running")
+    assert here.report("stay", pods[0], attempt=2, step=3) == (200, {})
+    assert [pod.metadata.labels[objects.ATTEMPT_LABEL] for pod in here.pods("stay").values()] == ["1", "1"]
+    tell(1, 2, exitCode=65, message=json.dumps({"reason": "UserError", "message": "no"}))
+    here.wait(lambda: tell(0, 2)[1].get("finished"), "the end", "stay")
+    here.delete("stay")
+
+
+def test_a_checkpoint_is_asked_for_until_it_is_there(here: Here) -> None:
+    pod = here.start("save")[0]
+    annotation = {objects.CHECKPOINT_ANNOTATION: "before-the-upgrade"}
+    here.custom.patch_namespaced_custom_object(
+        api.GROUP, api.VERSION, NAMESPACE, api.PLURAL, "save", {"metadata": {"annotations": annotation}}
+    )
+    asked = (200, {"checkpoint": "before-the-upgrade"})
+    here.wait(lambda: here.report("save", pod, step=3) == asked, "the request", "save")
+    done = "before-the-upgrade"
+    here.wait(lambda: here.report("save", pod, step=5, checkpointRequest=done) == (200, {}), "peace", "save")
+    assert here.status("save")["checkpointRequest"] == done
+    here.delete("save")
 
 
 def test_who_only_looks_like_a_worker_is_refused(here: Here) -> None:

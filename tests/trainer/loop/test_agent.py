@@ -82,11 +82,16 @@ def test_each_fault_of_a_process_has_a_typed_reason_with_evidence_and_all_ranks_
     (tmp_path / "sitecustomize.py").write_text(FAULTS)
     job = tiny(
         training={"steps": 100000},
-        checkpoint={"everySteps": 10},
+        checkpoint={"everySteps": 100000, "async": True},
         recovery={"hangTimeouts": {"stepSeconds": 5}},
     )
     path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
     run = job.agent(**channel.environment, PYTHONPATH=path, FAULTS=str(tmp_path))
+    wait_until(lambda: "  loss " in run.log, run)
+    channel.checkpoint = "now"
+    saved = wait_until(lambda: next((r for r in channel.reports if r.get("checkpointRequest")), None), run)
+    assert saved["checkpointRequest"] == "now"
+    channel.checkpoint = ""
     told: dict[str, dict[str, Any]] = {}
     for attempt, fault in enumerate(EXPECTED, 1):
         begin = len(run.log)
@@ -101,6 +106,9 @@ def test_each_fault_of_a_process_has_a_typed_reason_with_evidence_and_all_ranks_
     assert run.end() == 75, run.log
     assert run.message["reason"] == "Stopped"
     assert not descendants(run.process.pid)
+    assert run.log.count(f"resuming from step {saved['checkpoint']['step']} ") == len(EXPECTED)
+    kept = job.checkpoints / "diagnostics"
+    assert {file.name for file in kept.glob("attempt-*/*.stacks")} == {"rank-0.stacks", "rank-1.stacks"}
     for fault, (reason, text, evidence) in EXPECTED.items():
         message = json.loads(told[fault]["message"])
         assert (message["reason"], message["rank"]) == (reason, 1), (fault, message)

@@ -35,12 +35,15 @@ def stacks_file(folder: Path, rank: int) -> Path:
 
 def answer_for_stacks(rank: int) -> None:
     """In a training process: write the stacks of all threads when asked, and when a signal ends the process."""
+    faulthandler.enable()
     folder = os.environ.get("INTERNLM_HEARTBEAT_DIR")
     if not folder:
-        faulthandler.enable()
         return
-    # Stays open as long as the process: the handler needs the file's number.
-    file = os.open(stacks_file(Path(folder), rank), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    try:
+        # Stays open as long as the process: the handler needs the file's number.
+        file = os.open(stacks_file(Path(folder), rank), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    except OSError:
+        return  # the heartbeats tell of it
     faulthandler.enable(file)
     faulthandler.register(SIGNAL, file)
 
