@@ -5,11 +5,13 @@ from __future__ import annotations
 import http.server
 import json
 import os
+import ssl
 import subprocess
 import sys
 import tarfile
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -25,6 +27,7 @@ from cluster.cluster import Cluster
 from cluster.controlplane import wait_until
 from internlm_operator import api, crd, objects, tls
 from internlm_operator.kubectl import cli
+from internlm_operator.kubectl.access import AccessError
 from internlm_operator.manifest import parse_job
 
 pytestmark = pytest.mark.cluster
@@ -68,7 +71,8 @@ def kubelet(control_plane: Cluster) -> Iterator[int]:
     """Serves logs where pods' nodes are; gives the port."""
     authority = tls.new_authority(datetime.now(UTC))
     server = http.server.ThreadingHTTPServer((control_plane.host, 0), Kubelet)
-    context = tls.server_context(tls.new_server(authority, [NODE], datetime.now(UTC)))
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    tls.load(context, tls.new_server(authority, [NODE], datetime.now(UTC)))
     server.socket = context.wrap_socket(server.socket, server_side=True)
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
@@ -178,6 +182,36 @@ def test_logs_are_those_of_the_worker_that_failed_first(plugin: Plugin) -> None:
     assert sorted(together) == sorted(
         f"[{2 * index}-{2 * index + 1}] {line}" for index in (0, 1) for line in LOGS[f"hurt-worker-{index}"]
     )
+
+
+def test_checkpoint_asks_for_one_and_waits_until_it_is_there(plugin: Plugin, control_plane: Cluster) -> None:
+    """The test is the operator, and the user one who may edit."""
+
+    def kubectl(*arguments: str) -> str:
+        return control_plane.kubectl(f"--namespace={NAMESPACE}", *arguments)
+
+    def set_status(**status: Any) -> None:
+        patch = json.dumps({"status": status})
+        kubectl("patch", "ilj", "hurt", "--subresource=status", "--type=merge", "--patch", patch)
+
+    editor = Plugin(control_plane.control_plane.add_identity("editor", "editor"))
+    kubectl("create", "rolebinding", "editor", "--clusterrole=edit", "--user=editor")
+    with pytest.raises(AccessError, match="hurt is Failed: only a job that runs"):
+        editor("checkpoint", "hurt")
+    set_status(phase="Running")
+    with pytest.raises(AccessError, match='cannot patch resource "internlmjobs"'):
+        plugin("checkpoint", "hurt")
+    with ThreadPoolExecutor() as pool:
+        asking = pool.submit(editor, "checkpoint", "hurt")
+
+        def asked() -> str:
+            return kubectl("get", "ilj", "hurt", "--output=jsonpath={.metadata.annotations}")
+
+        wait_until(lambda: "checkpoint-now" in asked(), "the annotation", 30)
+        saved = {"step": 7, "uri": "s3://b/step-7", "time": "2026-01-01T00:30:00Z"}
+        set_status(checkpoint=saved, checkpointRequest=json.loads(asked())[objects.CHECKPOINT_ANNOTATION])
+        assert asking.result(timeout=30) == "hurt: checkpoint of step 7 at s3://b/step-7\n"
+    set_status(phase="Failed")
 
 
 def test_debug_packs_what_the_user_may_see_and_says_what_it_had_to_leave_out(

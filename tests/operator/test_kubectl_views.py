@@ -155,6 +155,9 @@ def test_the_guilty_pod_is_of_the_attempt_that_failed_not_its_namesake() -> None
     assert guilty_pod(job(), [pod("job-worker-0"), pod()]) == pod()
     assert guilty_pod(job(), [pod(attempt=2)]) is None
     assert guilty_pod(job(lastFailure=None), [pod()]) is None
+    in_place = [{"number": 1, "startTime": ""}, {"number": 2, "startTime": "", "gang": 1}]
+    failure = STATUS["lastFailure"] | {"attempt": 2}
+    assert guilty_pod(job(attempts=in_place, lastFailure=failure), [pod()]) == pod()
 
 
 def test_lines_carry_the_ranks_of_their_worker() -> None:

@@ -67,6 +67,13 @@ class Access:
         )
         return found
 
+    def annotate(self, name: str, annotation: str, value: str) -> None:
+        """Set an annotation of the job."""
+        patch = {"metadata": {"annotations": {annotation: value}}}
+        self._ask(
+            self._custom.patch_namespaced_custom_object, GROUP, VERSION, self.namespace, PLURAL, name, patch
+        )
+
     def pods(self, job_name: str) -> list[Object]:
         """The job's pods."""
         return self._items(

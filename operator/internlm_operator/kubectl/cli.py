@@ -19,15 +19,16 @@ from internlm_operator import __version__
 from internlm_operator.failures import index_of
 from internlm_operator.kubectl import bundle, views
 from internlm_operator.kubectl.access import Access, AccessError
-from internlm_operator.objects import ATTEMPT_LABEL, Object
+from internlm_operator.objects import ATTEMPT_LABEL, CHECKPOINT_ANNOTATION, Object
 
 READERS = 16
 FOLLOWERS = 64
+POLL_SECONDS = 1.0
 MAX_LOG_BYTES = 8 * 2**20
 OPERATOR_NAMESPACE = "internlm-system"
 
 app = typer.Typer(
-    help="Look at InternLMJobs, with your own rights in the cluster.",
+    help="Look at InternLMJobs, and let them save, with your own rights in the cluster.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -136,11 +137,18 @@ def logs(
 
 
 def guilty_pod(job: Object, pods: list[Object]) -> Object | None:
-    """The pod of the last failure, if it is still the one that failed: the next attempt's has the same name."""
-    failure = (job.get("status") or {}).get("lastFailure") or {}
+    """The pod of the last failure, if it is still the one that failed: the next gang's has the same name."""
+    status = job.get("status") or {}
+    failure = status.get("lastFailure") or {}
+    # An attempt that was started in place used the pods of an earlier one.
+    gangs = {
+        attempt["number"]: attempt.get("gang") or attempt["number"]
+        for attempt in status.get("attempts") or []
+    }
+    gang = gangs.get(failure.get("attempt"), failure.get("attempt"))
     for pod in pods:
-        attempt = (pod["metadata"].get("labels") or {}).get(ATTEMPT_LABEL)
-        if pod["metadata"]["name"] == failure.get("pod") and attempt == str(failure.get("attempt")):
+        label = (pod["metadata"].get("labels") or {}).get(ATTEMPT_LABEL)
+        if pod["metadata"]["name"] == failure.get("pod") and label == str(gang):
             return pod
     return None
 
@@ -151,6 +159,39 @@ def rank_prefix(job: Object, pod: Object) -> str:
     processes = spec.get("gpusPerNode") or spec.get("processesPerNode") or 1
     first = index_of(pod) * processes
     return f"[{first}] " if processes == 1 else f"[{first}-{first + processes - 1}] "
+
+
+@app.command()
+def checkpoint(
+    name: Name,
+    namespace: Namespace = None,
+    context: Context = None,
+    kubeconfig: Kubeconfig = None,
+    wait: Annotated[bool, typer.Option(help="Wait until the checkpoint is there.")] = True,
+    timeout: Annotated[float, typer.Option(min=0, help="Seconds to wait for it.")] = 600.0,
+) -> None:
+    """Save a checkpoint now, beside training, and say where it is."""
+    access = Access.connect(kubeconfig, context, namespace)
+    status = access.job(name).get("status") or {}
+    if status.get("phase") != "Running":
+        raise AccessError(
+            f"{name} is {status.get('phase') or 'new'}: only a job that runs can save a checkpoint"
+        )
+    request = f"{_now():%Y%m%dT%H%M%S.%fZ}"
+    access.annotate(name, CHECKPOINT_ANNOTATION, request)
+    if not wait:
+        print(f"{name} saves a checkpoint after the step that it is in")
+        return
+    deadline = time.monotonic() + timeout
+    while status.get("checkpointRequest") != request:
+        if time.monotonic() > deadline:
+            raise AccessError(f"{name} has saved no checkpoint within {timeout:.0f} s; it is still asked for")
+        if status.get("completionTime"):
+            raise AccessError(f"{name} has ended before it saved a checkpoint")
+        time.sleep(POLL_SECONDS)
+        status = access.job(name).get("status") or {}
+    saved = status["checkpoint"]
+    print(f"{name}: checkpoint of step {saved['step']} at {saved['uri']}")
 
 
 @app.command()
