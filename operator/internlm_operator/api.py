@@ -10,8 +10,8 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, Field, JsonValue
 
+from internlm_operator.forms import ImageTag, ManagerName, MemorySize, ObjectName, ResourceName
 from internlm_trainer.config import Spec, TrainSpec
-from internlm_trainer.rules import TRAINING_RULES, Rule
 
 GROUP = "training.internlm.io"
 VERSION = "v1alpha1"
@@ -23,6 +23,9 @@ SHORT_NAME = "ilj"
 # A worker pod is NAME-worker-INDEX, and its name is a DNS label of at most 63 characters.
 MAX_NAME_LENGTH = 63 - len("-worker-99999")
 
+
+# The value of `managedBy` that this operator answers to.
+MANAGER = f"{GROUP}/internlm-operator"
 
 _Timeout = Annotated[int, Field(ge=0, le=2**31 - 1)]
 
@@ -66,6 +69,35 @@ class RecoverySpec(Spec):
     """When a rank that does not go on counts as hung."""
 
 
+class SchedulingSpec(Spec):
+    """How the worker pods come to their nodes."""
+
+    priority_class_name: ObjectName | None = None
+    """PriorityClass of the worker pods. It must exist before the job starts."""
+    scheduler_name: ObjectName | None = None
+    """Scheduler that gives the worker pods their nodes. Default: the cluster's own."""
+
+
+class RdmaSpec(Spec):
+    """RDMA adapters of each worker."""
+
+    resource_name: ResourceName
+    """Extended resource by which the device plugin offers them, such as rdma/hca."""
+    per_node: Annotated[int, Field(ge=1, le=64)] = 1
+    """Adapters of each worker."""
+
+
+class NetworkSpec(Spec):
+    """The network between the workers."""
+
+    rdma: RdmaSpec | None = None
+    """RDMA adapters to ask for. The trainer then may lock memory (the capability IPC_LOCK), which the Pod Security
+    level `restricted` does not allow."""
+    host_network: bool = False
+    """Workers use their node's network, one worker a node, where there is no other way to its adapters. No Pod
+    Security level but `privileged` allows it, and no network policy holds for them."""
+
+
 class PodMetadata(Spec):
     """Labels and annotations of every worker pod."""
 
@@ -94,16 +126,40 @@ class JobSpec(TrainSpec):
     """GPUs, and processes, of each worker; 0: train on CPU with `processesPerNode` processes."""
     processes_per_node: Annotated[int, Field(ge=1, le=256)] = 1
     """Processes of each worker when gpusPerNode is 0."""
+    gpu_resource_name: ResourceName = "nvidia.com/gpu"
+    """Extended resource by which the device plugin offers the GPUs, such as nvidia.com/mig-3g.40gb."""
     image: Annotated[str, Field(max_length=1024)] = ""
     """Trainer image. Default: the one that the operator was installed with."""
+    runtime_version: ImageTag | None = None
+    """Version of the trainer: the tag to take of the image that the operator was installed with, so that a job
+    stays with one version while the operator is upgraded. Not together with `image`."""
+    shared_memory: MemorySize | None = None
+    """Size of /dev/shm, which is memory of the worker, such as 64Gi. Default: half of the node's memory, or the
+    worker's limit."""
+    network: NetworkSpec = NetworkSpec()
+    """The network between the workers."""
+    scheduling: SchedulingSpec = SchedulingSpec()
+    """How the worker pods come to their nodes."""
+    template: TemplateSpec = TemplateSpec()
+    """Merged over every worker pod."""
     recovery: RecoverySpec = RecoverySpec()
     """What happens when a worker fails."""
     suspend: bool = False
     """Saves a checkpoint and removes the pods; back at false, the job goes on from there."""
+    managed_by: ManagerName = MANAGER
+    """Controller that runs the job. The operator leaves jobs of any other, such as kueue.x-k8s.io/multikueue, alone.
+    It cannot be changed."""
+    active_deadline_seconds: Annotated[int, Field(ge=1, le=2**31 - 1)] | None = None
+    """Seconds since the job was created, or last resumed, after which it saves a checkpoint and fails with the
+    reason DeadlineExceeded. Waiting for nodes and restarts count. Default: none."""
+    startup_deadline_seconds: Annotated[int, Field(ge=1, le=2**31 - 1)] | None = None
+    """Seconds that the workers may take to run once all of them have a node: to pull the image, to mount volumes.
+    Then the gang is made anew, which counts as a restart. Default: none."""
+    clean_pod_policy: Literal["Running", "All", "None"] = "Running"
+    """Which pods are removed when the job has finished. `Running`: those that still run, others stay for their
+    logs; `All`; `None`: not even those that run, and hold their GPUs, for looking into a failure."""
     ttl_seconds_after_finished: Annotated[int, Field(ge=0, le=2**31 - 1)] | None = None
     """Seconds after which a finished job is deleted. Default: never."""
-    template: TemplateSpec = TemplateSpec()
-    """Merged over every worker pod."""
 
     @property
     def processes_of_a_node(self) -> int:
@@ -182,6 +238,8 @@ class Progress(StatusPart):
     """Model TFLOPS of one process: attention counted full, recomputation not at all."""
     eta_seconds: int | None = None
     """Seconds that the rest will take at this speed."""
+    eta: str = ""
+    """The same for people, such as 3d20h."""
     last_report_time: str = ""
     """When the report came."""
 
@@ -199,6 +257,9 @@ class Checkpoint(StatusPart):
     """Its size."""
     digest: str = ""
     """Digest of its manifest, which holds the digests of its shards."""
+    verified: bool = False
+    """Its bytes came back from the store as they were written: with `checkpoint.verify` when it was saved, else once
+    the job has resumed from it."""
 
 
 FailureClass = Literal[
@@ -348,9 +409,14 @@ class JobStatus(StatusPart):
         list[Condition],
         Field(json_schema_extra={"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": ["type"]}),
     ] = []
-    """Running, Restarting, Suspended, Succeeded and Failed, with reasons. A True Succeeded or Failed is final."""
+    """Queued, Starting, Running, Restarting, Suspended, CheckpointStale, ProgressStalled, Succeeded and Failed, with
+    reasons. A True Succeeded or Failed is final."""
     workers: Workers = Workers()
     """The gang's pods."""
+    layout: str = ""
+    """ZeRO degrees of parameters, gradients and optimizer, for the printed column."""
+    selector: str = ""
+    """Label selector of the worker pods, for the scale subresource."""
     progress: Progress | None = None
     """How far training is."""
     progress_text: str = ""
@@ -379,33 +445,3 @@ class JobStatus(StatusPart):
     """When the operator took the job."""
     completion_time: str = ""
     """When the job succeeded or failed."""
-
-
-# While pods run, only what the operator itself acts on may change; a suspended job may be edited freely.
-FROZEN = ("model", "data", "training", "parallel", "checkpoint", "nodes", "gpusPerNode", "processesPerNode")
-TRANSITION_RULES = tuple(
-    {
-        "rule": f"oldSelf.suspend || self.{name} == oldSelf.{name}",
-        "message": f"spec.{name} cannot change while the job runs: set spec.suspend to true first, edit, and set it "
-        "back",
-        "fieldPath": f".{name}",
-        "reason": "FieldValueForbidden",
-    }
-    for name in FROZEN
-)
-
-JOB_RULES: tuple[Rule, ...] = TRAINING_RULES
-
-NAME_PATTERN = "[a-z]([-a-z0-9]*[a-z0-9])?"
-NAME_RULES = (
-    {
-        "rule": f"self.metadata.name.matches('^{NAME_PATTERN}$')",
-        "message": "metadata.name: must be lower-case letters, digits and dashes, and start with a letter: "
-        "it becomes part of the pods' names",
-    },
-    {
-        "rule": f"self.metadata.name.size() <= {MAX_NAME_LENGTH}",
-        "message": f"metadata.name: must have at most {MAX_NAME_LENGTH} characters: "
-        "it becomes part of the pods' names",
-    },
-)

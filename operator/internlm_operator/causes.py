@@ -50,8 +50,8 @@ _CLUSTERS = frozenset(
         "CreateContainerConfigError",
         "ImagePullBackOff",
         "ErrImagePull",
-        "DeletionByPodGC",
         "StartupDeadlineExceeded",
+        "DeletionByPodGC",
         "Shutdown",
     }
 )

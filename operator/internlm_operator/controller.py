@@ -31,11 +31,12 @@ from internlm_operator.objects import (
     digest,
     shared_objects,
 )
-from internlm_operator.plan import Action, Apply, Create, Delete, Event, Observed, Plan, Refusal, node_of
+from internlm_operator.plan import Action, Apply, Create, Delete, Event, Observed, Plan, node_of, owner_of
 from internlm_operator.reconcile import reconcile
 from internlm_operator.report import MAX_REQUEST, AgentReport, Report
 from internlm_operator.status import parse_status
 from internlm_operator.times import stamp
+from internlm_operator.waits import Refusal
 from internlm_operator.workqueue import RetryError, WorkQueue
 
 Key = tuple[str, str]
@@ -84,6 +85,7 @@ class Controller:
         self._looks: Buckets[Key] = Buckets(LOOKS_RATE, LOOKS_BURST)
         self._progress_writes: Buckets[None] = Buckets(PROGRESS_WRITES_RATE, PROGRESS_WRITES_RATE)
         self._events: Buckets[Key] = Buckets(EVENTS_RATE, EVENTS_BURST)
+        self._listening_since = datetime.now(UTC)
         self._queue = WorkQueue(self._reconcile)
 
     async def run(self, stop: asyncio.Event) -> None:
@@ -220,6 +222,9 @@ class Controller:
             return None
         stale = time.monotonic() - self._read_at.get(key, float("-inf")) >= RESYNC_SECONDS
         live = stale and not _is_finished(job)
+        if live and (job.get("status") or {}).get("phase") != "Running":
+            # Somebody may have deleted what the workers wait for.
+            self._applied.pop(key, None)
         try:
             if live:
                 job = await self._read(key)
@@ -276,6 +281,7 @@ class Controller:
             agents=dict(self._agents.get(key, {})),
             nodes=self._nodes,
             excluded=[entry for other, found in self._excluded.items() if other != key for entry in found],
+            listening_since=self._listening_since,
         )
 
     async def _carry_out(self, key: Key, job: Object, plan: Plan) -> bool:
@@ -301,24 +307,24 @@ class Controller:
                     self._refused.pop(key, None)
         except RefusedError as error:
             known = self._refused.get(key)
-            self._refused[key] = Refusal(error.code, error.message)
-            about = {"job": "/".join(key), "attempt": self.current_attempt(key), "reason": "PodsRefused"}
-            logger.warning("%s", error.message, extra=about)
-            return known != self._refused[key]
+            self._refused[key] = error.refusal
+            reason = error.refusal.reason
+            about = {"job": "/".join(key), "attempt": self.current_attempt(key), "reason": reason}
+            logger.warning("%s", error.refusal.message, extra=about)
+            return known != error.refusal
         return False
 
     async def _do(self, job: Object, action: Action) -> None:
         namespace, name = job["metadata"]["namespace"], job["metadata"]["name"]
         about = {"job": f"{namespace}/{name}", "attempt": self.current_attempt((namespace, name))}
         match action:
-            case Apply(manifest):
-                await self._kube.apply(manifest)
-            case Create(manifest):
+            case Apply(manifest) | Create(manifest):
                 try:
-                    await self._kube.create(manifest)
+                    await self._make(job, action)
                 except ApiError as error:
                     if error.code in REFUSALS:
-                        raise RefusedError(error.code, error.message) from error
+                        refusal = Refusal(error.code, error.message, manifest["kind"])
+                        raise RefusedError(refusal) from error
                     raise
             case Delete(kind, other, uid, grace):
                 logger.info("deletes %s %s", kind, other, extra=about)
@@ -333,6 +339,21 @@ class Controller:
                     await self._kube.create(_event(job, action))
                 except ApiError as error:
                     logger.warning("no event: %s", error, extra=about)
+
+    async def _make(self, job: Object, action: Apply | Create) -> None:
+        """Raises RefusedError where an object of this name is another's, which must not be changed."""
+        kind, name = action.object["kind"], action.object["metadata"]["name"]
+        namespace = job["metadata"]["namespace"]
+        if isinstance(action, Create):
+            made = await self._kube.create(action.object)
+            known = made or await self._kube.get(kind, namespace, name)
+        else:
+            known = await self._kube.look(kind, namespace, name)
+        if known is not None and owner_of(known) != job["metadata"]["uid"]:
+            sentence = f"{kind} {name} exists and is not this job's: delete it, or give the job another name."
+            raise RefusedError(Refusal(409, sentence, kind))
+        if isinstance(action, Apply):
+            await self._kube.apply(action.object)
 
     # Caches
 
@@ -388,12 +409,11 @@ class Controller:
 
 
 class RefusedError(Exception):
-    """The API server does not take a pod as it is, or not now."""
+    """One of the job's objects cannot be made as it is, or not now."""
 
-    def __init__(self, code: int, message: str) -> None:
-        super().__init__(message)
-        self.code = code
-        self.message = message
+    def __init__(self, refusal: Refusal) -> None:
+        super().__init__(refusal.message)
+        self.refusal = refusal
 
 
 async def _all(coroutines: list[Any]) -> None:

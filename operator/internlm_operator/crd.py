@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel
 
-from internlm_operator import api
+from internlm_operator import api, spec_rules
 
 Schema = dict[str, Any]
 
@@ -38,7 +38,7 @@ metadata:
 """
 )
 
-# (name, type, JSON path, wide): how far, how fast, the last checkpoint, restarts, age.
+# (name, type, JSON path, wide): how far, how fast, how safe, how long; and for `--output=wide`, where and why.
 COLUMNS = (
     ("Phase", "string", ".status.phase", False),
     ("Step", "string", ".status.progressText", False),
@@ -46,11 +46,20 @@ COLUMNS = (
     ("Tok/s", "integer", ".status.progress.tokensPerSecond", False),
     ("Checkpoint", "date", ".status.checkpoint.time", False),
     ("Restarts", "integer", ".status.restarts", False),
+    ("ETA", "string", ".status.progress.eta", False),
     ("Nodes", "integer", ".spec.nodes", True),
     ("Ready", "integer", ".status.workers.ready", True),
-    ("ETA seconds", "integer", ".status.progress.etaSeconds", True),
+    ("Layout", "string", ".status.layout", True),
+    ("Last failure", "string", ".status.lastFailure.reason", True),
     ("Age", "date", ".metadata.creationTimestamp", False),
 )
+
+# `kubectl scale --replicas` sets the nodes of a suspended job; of a running one the schema's rules refuse it.
+SCALE = {
+    "specReplicasPath": ".spec.nodes",
+    "statusReplicasPath": ".status.workers.ready",
+    "labelSelectorPath": ".status.selector",
+}
 
 # Words of JSON Schema that OpenAPI v3.0 has too, with the same meaning.
 _SAME = (
@@ -140,9 +149,9 @@ def _validations() -> list[Schema]:
             "fieldPath": f".{rule.path}",
             "reason": "FieldValueInvalid",
         }
-        for rule in api.JOB_RULES
+        for rule in spec_rules.JOB_RULES
     ]
-    return rules + [dict(rule) for rule in api.TRANSITION_RULES]
+    return rules + [dict(rule) for rule in spec_rules.TRANSITION_RULES]
 
 
 def job_schema() -> Schema:
@@ -160,7 +169,7 @@ def job_schema() -> Schema:
             "spec": spec,
             "status": structural(api.JobStatus, defaults=False),
         },
-        "x-kubernetes-validations": [dict(rule) for rule in api.NAME_RULES],
+        "x-kubernetes-validations": [dict(rule) for rule in spec_rules.NAME_RULES],
     }
 
 
@@ -190,7 +199,7 @@ def custom_resource_definition() -> Schema:
                     "name": api.VERSION,
                     "served": True,
                     "storage": True,
-                    "subresources": {"status": {}},
+                    "subresources": {"status": {}, "scale": dict(SCALE)},
                     "additionalPrinterColumns": columns,
                     "schema": {"openAPIV3Schema": job_schema()},
                 }

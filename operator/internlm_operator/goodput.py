@@ -14,6 +14,7 @@ from datetime import datetime
 
 from internlm_operator.api import Attempt, Goodput, JobStatus
 from internlm_operator.times import parse_time, stamp
+from internlm_operator.waits import REFUSED
 
 KINDS = tuple(name for name in Goodput.model_fields if name.endswith("_seconds"))
 _RUNNING = ("rendezvous_seconds", "productive_seconds", "hung_seconds")
@@ -22,10 +23,7 @@ HUNG = "Hung"
 _RESTARTING = ("OldWorkersTerminating", "WaitingToRestart")
 _SCHEDULING = ("WorkersPending", "Unschedulable")
 # Why there are no pods, or none that may look for a node.
-_QUEUED = (
-    *("PodsRefused", "QuotaExceeded", "NameTaken", "NamespaceTerminating", "PodSecurityViolated"),
-    *("SchedulingGated", "InvalidSpec"),
-)
+_QUEUED = (*REFUSED, "SchedulingGated", "InvalidSpec")
 
 
 def total(ledger: Goodput) -> int:

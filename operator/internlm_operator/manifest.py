@@ -11,15 +11,8 @@ from typing import Any, get_args
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from internlm_operator.api import (
-    API_VERSION,
-    JOB_RULES,
-    KIND,
-    MAX_NAME_LENGTH,
-    NAME_PATTERN,
-    NAME_RULES,
-    JobSpec,
-)
+from internlm_operator.api import API_VERSION, KIND, MAX_NAME_LENGTH, JobSpec
+from internlm_operator.spec_rules import JOB_RULES, NAME_PATTERN, NAME_RULES
 from internlm_trainer.config import Spec
 from internlm_trainer.rules import broken_rules
 

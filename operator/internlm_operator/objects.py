@@ -11,10 +11,11 @@ from typing import Any
 import yaml
 
 from internlm_operator import kubeflow
-from internlm_operator.api import API_VERSION, FROZEN, GROUP, KIND, JobSpec
+from internlm_operator.api import API_VERSION, GROUP, KIND, JobSpec
 from internlm_operator.failures import CONTAINER
 from internlm_operator.merge import strategic_merge
 from internlm_operator.nodes import Signs, keep_off
+from internlm_operator.spec_rules import FROZEN
 from internlm_trainer.config import METRICS_PORT
 
 Object = dict[str, Any]
@@ -213,7 +214,8 @@ def _metadata(job: Object, name: str) -> Object:
 
 
 def _pod_spec(job: Object, spec: JobSpec, attempt: int, index: int, settings: Settings) -> Object:
-    return {
+    memory = {"medium": "Memory"} | ({"sizeLimit": spec.shared_memory} if spec.shared_memory else {})
+    pod_spec: Object = {
         "containers": [_container(job, spec, attempt, index, settings)],
         "automountServiceAccountToken": False,
         "enableServiceLinks": False,
@@ -229,9 +231,23 @@ def _pod_spec(job: Object, spec: JobSpec, attempt: int, index: int, settings: Se
             {"name": "internlm-config", "configMap": {"name": f"{job['metadata']['name']}-config"}},
             {"name": "internlm-token", "projected": {"sources": [{"serviceAccountToken": _token(job)}]}},
             {"name": "tmp", "emptyDir": {}},
-            {"name": "shm", "emptyDir": {"medium": "Memory"}},
+            {"name": "shm", "emptyDir": memory},
         ],
     }
+    if spec.scheduling.priority_class_name:
+        pod_spec["priorityClassName"] = spec.scheduling.priority_class_name
+    if spec.scheduling.scheduler_name:
+        pod_spec["schedulerName"] = spec.scheduling.scheduler_name
+    if spec.network.host_network:
+        # The workers still find each other by the cluster's names.
+        pod_spec |= {"hostNetwork": True, "dnsPolicy": "ClusterFirstWithHostNet"}
+    return pod_spec
+
+
+def _grace(spec: JobSpec) -> int:
+    """Seconds that a worker has to save a checkpoint, which the template may set."""
+    asked = spec.template.spec.get("terminationGracePeriodSeconds")
+    return asked if isinstance(asked, int) else GRACE_SECONDS
 
 
 def _token(job: Object) -> Object:
@@ -257,7 +273,7 @@ def _container(job: Object, spec: JobSpec, attempt: int, index: int, settings: S
         ),
         "INTERNLM_TERMINATION_LOG": "/dev/termination-log",
         # Processes that save a checkpoint get all of the grace but this.
-        "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(GRACE_SECONDS - 5),
+        "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(max(_grace(spec) - 5, 1)),
         # The root file system is read-only: caches and compiled kernels go to the scratch volume.
         "HOME": "/tmp",  # noqa: S108
         "PYTHONUNBUFFERED": "1",
@@ -270,7 +286,7 @@ def _container(job: Object, spec: JobSpec, attempt: int, index: int, settings: S
         ports.append({"name": "metrics", "containerPort": metrics_port})
     container: Object = {
         "name": CONTAINER,
-        "image": spec.image or settings.trainer_image,
+        "image": trainer_image(spec, settings.trainer_image),
         "command": agent(name, spec, index),
         "env": [{"name": key, "value": value} for key, value in environment.items()],
         "ports": ports,
@@ -288,9 +304,22 @@ def _container(job: Object, spec: JobSpec, attempt: int, index: int, settings: S
             {"name": "shm", "mountPath": "/dev/shm"},  # noqa: S108
         ],
     }
-    if spec.gpus_per_node:
-        container["resources"] = {"limits": {"nvidia.com/gpu": str(spec.gpus_per_node)}}
+    limits = {spec.gpu_resource_name: spec.gpus_per_node} if spec.gpus_per_node else {}
+    if spec.network.rdma is not None:
+        limits[spec.network.rdma.resource_name] = spec.network.rdma.per_node
+        # An adapter reads and writes memory that must stay where it is.
+        container["securityContext"]["capabilities"]["add"] = ["IPC_LOCK"]
+    if limits:
+        container["resources"] = {"limits": {name: str(count) for name, count in limits.items()}}
     return container
+
+
+def trainer_image(spec: JobSpec, installed: str) -> str:
+    """The job's image; by `runtimeVersion`, another tag in the repository of the `installed` one."""
+    if spec.runtime_version is None:
+        return spec.image or installed
+    folder, slash, name = installed.partition("@")[0].rpartition("/")
+    return f"{folder}{slash}{name.partition(':')[0]}:{spec.runtime_version}"
 
 
 def agent(name: str, spec: JobSpec, index: int) -> list[str]:

@@ -22,6 +22,7 @@ from internlm_operator.status import (
     set_condition,
 )
 from internlm_operator.times import parse_time, seconds_since, stamp
+from internlm_operator.waits import Refusal
 
 # The kubelet kills at the end of the grace; if the pod is still there this much later, its node is gone.
 OVERDUE_SECONDS = 30
@@ -64,14 +65,6 @@ Action = Apply | Create | Delete | Event
 
 
 @dataclass(frozen=True)
-class Refusal:
-    """The API server's answer when the job's pods could not be created."""
-
-    code: int
-    message: str
-
-
-@dataclass(frozen=True)
 class Observed:
     """What there is besides the job itself."""
 
@@ -85,13 +78,15 @@ class Observed:
     applied: str = ""
     """`objects.digest` of the service and the ConfigMap as this process last applied them."""
     refused: Refusal | None = None
-    """Why the last creation of pods failed."""
+    """Why the job's objects could not be made the last time."""
     nodes: Mapping[str, NodeHealth] = field(default_factory=dict)
     """Nodes by their names; those that are not known are taken for good."""
     excluded: list[ExcludedNode] = field(default_factory=list)
     """Nodes that other jobs have found to be at fault."""
     agents: inplace.Agents = field(default_factory=dict)
     """What the agents of the workers reported last."""
+    listening_since: datetime | None = None
+    """When this process began to take reports; what came before, it did not hear."""
 
 
 @dataclass(frozen=True)
@@ -131,7 +126,12 @@ class Draft:
         """The current attempt's pods."""
         attempt = current_attempt(self.status)
         number = str(inplace.pods_of(attempt)) if attempt else None
-        return [pod for pod in self.pods if pod["metadata"]["labels"].get(objects.ATTEMPT_LABEL) == number]
+        return [pod for pod in self.pods if self.attempt_of(pod) == number]
+
+    @staticmethod
+    def attempt_of(pod: Pod) -> str:
+        """What the pod's label says."""
+        return str((pod["metadata"].get("labels") or {}).get(objects.ATTEMPT_LABEL, ""))
 
     def others(self) -> list[Pod]:
         """Pods that must be gone before the current attempt's are made."""
@@ -140,6 +140,16 @@ class Draft:
 
     def say(self, type: str, value: bool, reason: str, message: str = "") -> None:
         set_condition(self.status, type, value, reason, message, self.generation, self.now)
+
+    def stage(
+        self, name: Literal["Queued", "Starting", "Running"] | None, reason: str, message: str = ""
+    ) -> None:
+        """At most one of Queued, Starting and Running is true, and all three say why."""
+        for type in ("Queued", "Starting", "Running"):
+            self.say(type, type == name, reason, message)
+        if name != "Running":
+            self.say("CheckpointStale", False, "NotRunning")
+            self.say("ProgressStalled", False, "NotRunning")
 
     def event(self, type: Literal["Normal", "Warning"], reason: str, message: str) -> None:
         self.actions.append(Event(type, reason, message))
@@ -170,6 +180,7 @@ class Draft:
         status.phase = phase
         status.observed_generation = self.generation
         status.start_time = status.start_time or stamp(self.now)
+        status.selector = f"{objects.JOB_LABEL}={self.name}"
         status.workers.ready = sum(map(failures.is_running, self.gang()))
         new = dump_status(status)
         if new == self.job.get("status"):

@@ -7,15 +7,21 @@ The shell writes `Plan.status` first, on the condition that the job is still the
 then carries out the actions in their order.  So an attempt is in the status before its first pod exists, and its
 end is there before its first pod is deleted.
 
-Conditions and their reasons:
+Conditions and their reasons. Queued, Starting and Running share one reason: at most one of them is true, and the
+reason says which and why.
 
-| condition  | true                                  | false                                                   |
-|------------|---------------------------------------|---------------------------------------------------------|
-| Running    | WorkersRunning                        | WorkersPending, WorkersStarting, RestartingInPlace, Unschedulable, PodsRefused, WaitingToRestart, OldWorkersTerminating, Suspended, Finished, or the kubelet's reason (ImagePullBackOff...) |
-| Restarting | the failure's reason (Error, Evicted, PodLost...) | NotRestarting                               |
-| Suspended  | SuspendRequested                      | Suspending, NotSuspended                                |
-| Succeeded  | Completed                             | NotFinished, Failed                                     |
-| Failed     | InvalidSpec, InvalidTemplate, UserError, Diverged, OutOfMemory, NoProgress, RestartLimitExceeded | NotFinished, Completed          |
+| condition       | true                                   | false                                             |
+|-----------------|----------------------------------------|---------------------------------------------------|
+| Queued          | WorkersPending, Unschedulable, SchedulingGated, PodsRefused, QuotaExceeded, NameTaken, NamespaceTerminating, PodSecurityViolated | see below |
+| Starting        | WorkersStarting, or the kubelet's reason (ImagePullBackOff...) | see below                 |
+| Running         | WorkersRunning, InvalidSpec            | see below                                         |
+| (none of these) |                                        | InvalidSpec, RestartingInPlace, WaitingToRestart, OldWorkersTerminating, Suspended, Finished |
+| Restarting      | the failure's reason (Error, Evicted, PodLost...) | NotRestarting                          |
+| Suspended       | SuspendRequested                       | Suspending, NotSuspended                          |
+| CheckpointStale | SaveOverdue, SavesFail                 | Fresh, SettingUp, NotRunning                      |
+| ProgressStalled | NoReport                               | Progressing, SettingUp, NotRunning                |
+| Succeeded       | Completed                              | NotFinished, Failed                               |
+| Failed          | InvalidTemplate, UserError, Diverged, OutOfMemory, NoProgress, RestartLimitExceeded, DeadlineExceeded | NotFinished, Completed |
 """  # noqa: E501
 
 from __future__ import annotations
@@ -23,9 +29,11 @@ from __future__ import annotations
 from datetime import datetime, timedelta
 
 from internlm_operator import failures, inplace, nodes, objects
-from internlm_operator.api import KIND, Attempt, JobSpec, Phase
+from internlm_operator.api import KIND, MANAGER, Attempt, JobSpec, Phase
 from internlm_operator.causes import cause_of
-from internlm_operator.failures import Failure, Pod
+from internlm_operator.deadlines import deadline_sentence, is_late, late_start, wake_for_late_start
+from internlm_operator.failures import Failure
+from internlm_operator.health import note_health
 from internlm_operator.manifest import JobError, parse_job
 from internlm_operator.objects import Object, worker_name
 from internlm_operator.plan import Apply, Create, Delete, Draft, Observed, Plan, node_of
@@ -40,6 +48,7 @@ from internlm_operator.status import (
     take_report,
 )
 from internlm_operator.times import parse_time, seconds_since, stamp
+from internlm_operator.waits import start_problem
 
 # A worker whose peers are gone hangs in a collective and cannot save; this is for its last log lines.
 CRASH_GRACE_SECONDS = 15
@@ -54,23 +63,25 @@ _NO_PROBLEMS = (
     *("WorkersPending", "WorkersStarting", "WorkersRunning"),
     *("WaitingToRestart", "OldWorkersTerminating", "Suspended"),
 )
-# Why a container waits when nothing is wrong.
-_HARMLESS_WAITS = ("", "PodInitializing", "ContainerCreating")
 
 
 def reconcile(job: Object, observed: Observed, now: datetime) -> Plan:
     """What to do about `job` (an InternLMJob as the API gives it), seeing `observed`, at the time `now`."""
     if job["metadata"].get("deletionTimestamp"):
         return Plan()  # Kubernetes removes what the job owns
+    if (job.get("spec") or {}).get("managedBy", MANAGER) != MANAGER:
+        return Plan()  # the status, too, is the other controller's
     draft = Draft(job, observed, now)
+    _adopt(draft)
     _note_progress(draft)
     if holds(draft.status, "Succeeded") or holds(draft.status, "Failed"):
         return _clean_up(draft)
     try:
         spec = parse_job(job).spec
     except JobError as error:
-        return _fail(draft, "InvalidSpec", "; ".join(error.sentences))
+        return _leave_alone(draft, "; ".join(error.sentences))
     draft.status.workers.desired = spec.nodes
+    draft.status.layout = "zero {}/{}/{}".format(*spec.parallel.zero.degrees(spec.world_size))
 
     _end_if_changed(draft, spec)
     gang = draft.gang()
@@ -79,9 +90,11 @@ def reconcile(job: Object, observed: Observed, now: datetime) -> Plan:
     if spec.suspend:
         return _suspend(draft)
     _note_resume(draft)
+    if is_late(draft, spec):
+        return _fail(draft, "DeadlineExceeded", deadline_sentence(spec))
 
     if current_attempt(draft.status) is not None:
-        failure = _failure(draft, spec)
+        failure = _failure(draft, spec) or late_start(draft, spec)
         if failure is not None and _may_be_secondary(draft, failure):
             return draft.plan(draft.status.phase)
         if failure is not None:
@@ -99,10 +112,40 @@ def reconcile(job: Object, observed: Observed, now: datetime) -> Plan:
         if waiting is not None:
             return waiting
         _begin_attempt(draft, spec)
+        _share(draft)
     return _form_and_follow(draft, spec)
 
 
+# A description that says nothing to this operator
+
+
+def _leave_alone(draft: Draft, sentence: str) -> Plan:
+    """Begin and restart nothing until the description is edited, as one that another version of the operator took
+    may have to be; workers that run go on, and `suspend` still ends them."""
+    gang, desired = draft.gang(), draft.status.workers.desired
+    if gang and len(gang) == desired and all(map(failures.has_succeeded, gang)):
+        return _succeed(draft)
+    if (draft.job.get("spec") or {}).get("suspend") is True:
+        return _suspend(draft)
+    said = condition(draft.status, "Running")
+    if said is None or said.reason != "InvalidSpec":
+        draft.event("Warning", "InvalidSpec", sentence)
+    _note_resume(draft)
+    if gang and len(gang) == desired and all(map(failures.is_running, gang)):
+        draft.stage("Running", "InvalidSpec", f"The workers run, and would not be restarted: {sentence}")
+        return draft.plan("Running")
+    draft.stage(None, "InvalidSpec", sentence)
+    return draft.plan("Restarting" if holds(draft.status, "Restarting") else "Pending")
+
+
 # What is known of the training itself
+
+
+def _adopt(draft: Draft) -> None:
+    """Go on with the gang that is there where the status, which somebody emptied, does not know of it."""
+    numbers = [int(label) for pod in draft.pods if (label := draft.attempt_of(pod)).isdecimal()]
+    if numbers and not draft.status.attempts:
+        draft.status.attempts = [Attempt(number=max(numbers), start_time=stamp(draft.now))]
 
 
 def _note_progress(draft: Draft) -> None:
@@ -132,7 +175,7 @@ def _finish(draft: Draft, reason: str) -> None:
     if attempt is not None:
         attempt.end_time, attempt.reason = stamp(draft.now), reason
     draft.status.completion_time = stamp(draft.now)
-    draft.say("Running", False, "Finished")
+    draft.stage(None, "Finished")
     draft.say("Restarting", False, "NotRestarting")
     draft.say("Suspended", False, "NotSuspended")
 
@@ -156,16 +199,20 @@ def _fail(draft: Draft, reason: str, message: str) -> Plan:
 
 
 def _clean_up(draft: Draft) -> Plan:
-    """A finished job keeps its ended pods for their logs, and nothing that runs."""
+    """A finished job keeps its ended pods for their logs, and nothing that runs, unless it asks for more or less."""
+    spec = draft.job.get("spec") or {}  # which need not be valid
     ending = inplace.ending(draft.pods, draft.agents, draft.now)
     if ending:
         draft.wake(inplace.END_SECONDS)
     running = [
         pod for pod in draft.pods if not failures.is_over(pod) and pod["metadata"]["uid"] not in ending
     ]
-    draft.remove(running, CRASH_GRACE_SECONDS)
+    unwanted = {"All": draft.pods, "None": []}.get(str(spec.get("cleanPodPolicy", "Running")), running)
+    verdict = condition(draft.status, "Failed")
+    can_save = verdict is not None and verdict.reason == "DeadlineExceeded"
+    draft.remove(unwanted, None if can_save else CRASH_GRACE_SECONDS)
     phase: Phase = "Succeeded" if holds(draft.status, "Succeeded") else "Failed"
-    ttl = (draft.job.get("spec") or {}).get("ttlSecondsAfterFinished")
+    ttl = spec.get("ttlSecondsAfterFinished")
     age = seconds_since(draft.status.completion_time, draft.now)
     if isinstance(ttl, int) and age is not None:
         if age >= ttl:
@@ -187,14 +234,28 @@ def _suspend(draft: Draft) -> Plan:
     draft.say("Restarting", False, "NotRestarting")
     _not_finished(draft)
     if draft.pods:
-        draft.say("Running", False, "Suspended", "The workers save a checkpoint and stop.")
+        draft.stage(None, "Suspended", "The workers save a checkpoint and stop.")
         draft.say("Suspended", False, "Suspending", f"Waiting for {len(draft.pods)} pods to end.")
         return draft.plan("Suspending")
     if not holds(draft.status, "Suspended"):
-        draft.event("Normal", "Suspended", "No worker is left; set spec.suspend to false to go on.")
-    draft.say("Running", False, "Suspended", "Set spec.suspend to false to go on.")
-    draft.say("Suspended", True, "SuspendRequested", "Set spec.suspend to false to go on.")
+        draft.event("Normal", "Suspended", f"No worker is left. {_what_is_saved(draft)}")
+    draft.stage(None, "Suspended", "Set spec.suspend to false to go on.")
+    draft.say("Suspended", True, "SuspendRequested", _what_is_saved(draft))
     return draft.plan("Suspended")
+
+
+def _what_is_saved(draft: Draft) -> str:
+    """Where a suspended job will go on, and whether its workers had the time to save all that they had done."""
+    checkpoint = draft.status.checkpoint
+    saved = checkpoint.step if checkpoint else 0
+    lost = (draft.status.attempts[-1].end_step or 0) - saved if draft.status.attempts else 0
+    sentence = f"Set spec.suspend to false to go on from step {saved}."
+    if lost > 0:
+        sentence += (
+            f" {lost} steps after it were not saved; if the workers had too little time, make "
+            "spec.template.spec.terminationGracePeriodSeconds longer."
+        )
+    return sentence
 
 
 def _note_resume(draft: Draft) -> None:
@@ -279,14 +340,12 @@ def _make_room(draft: Draft, spec: JobSpec) -> Plan | None:
     draft.remove(draft.pods, None if planned else CRASH_GRACE_SECONDS)
     phase: Phase = "Restarting" if holds(draft.status, "Restarting") else "Pending"
     if draft.pods:
-        draft.say("Running", False, "OldWorkersTerminating", f"Waiting for {len(draft.pods)} pods to end.")
+        draft.stage(None, "OldWorkersTerminating", f"Waiting for {len(draft.pods)} pods to end.")
         return draft.plan(phase)
     ended = parse_time(attempts[-1].end_time) if attempts else None
     wait = (ended + restart_delay(attempts, spec.recovery) - draft.now) if ended else timedelta()
     if wait > timedelta():
-        draft.say(
-            "Running", False, "WaitingToRestart", "The last attempts failed at once; waiting before the next."
-        )
+        draft.stage(None, "WaitingToRestart", "The last attempts failed at once; waiting before the next.")
         draft.wake(wait.total_seconds())
         return draft.plan(phase)
     return None
@@ -329,7 +388,7 @@ def _excluded_nodes(draft: Draft) -> list[str]:
 def _dissolve_if_stuck(draft: Draft) -> None:
     """End an attempt that finds no node while some are left out: a node under suspicion is better than none."""
     attempt = current_attempt(draft.status)
-    unscheduled = any((_start_problem(pod) or ("",))[0] == "Unschedulable" for pod in draft.gang())
+    unscheduled = any((start_problem(pod) or ("",))[0] == "Unschedulable" for pod in draft.gang())
     if attempt is None or not attempt.excluded_nodes or not unscheduled:
         return
     age = seconds_since(attempt.start_time, draft.now) or 0.0
@@ -343,13 +402,18 @@ def _dissolve_if_stuck(draft: Draft) -> None:
     )
 
 
+def _share(draft: Draft) -> None:
+    """Apply what the workers share, whatever somebody made of it since the last time."""
+    draft.actions += map(Apply, objects.shared_objects(draft.job, draft.observed.settings))
+
+
 def _form_and_follow(draft: Draft, spec: JobSpec) -> Plan:
     """Make the pods that the current attempt lacks, then say how far their start is."""
     attempt = current_attempt(draft.status)
     assert attempt is not None
-    shared = objects.shared_objects(draft.job, draft.observed.settings)
-    if objects.digest(*shared) != draft.observed.applied:
-        draft.actions += map(Apply, shared)
+    wanted = objects.digest(*objects.shared_objects(draft.job, draft.observed.settings))
+    if wanted != draft.observed.applied and not any(isinstance(action, Apply) for action in draft.actions):
+        _share(draft)
 
     draft.status.pod_disruption_budget |= spec.recovery.pod_disruption_budget
 
@@ -358,7 +422,7 @@ def _form_and_follow(draft: Draft, spec: JobSpec) -> Plan:
     there = {failures.index_of(pod) for pod in gang}
     missing = [index for index in range(spec.nodes) if index not in there]
     refused = draft.observed.refused
-    if missing and refused is not None and refused.code in (400, 422):
+    if missing and refused is not None and refused.is_final:
         return _fail(
             draft, "InvalidTemplate", f"spec.template: makes a pod that is not valid: {refused.message}"
         )
@@ -378,7 +442,7 @@ def _form_and_follow(draft: Draft, spec: JobSpec) -> Plan:
         if left is None:
             return _run(draft, spec)
         draft.wake(left)
-        draft.say("Running", False, "RestartingInPlace", "The workers stay and start their processes again.")
+        draft.stage(None, "RestartingInPlace", "The workers stay and start their processes again.")
         return draft.plan("Restarting")
     return _wait_for_start(draft, spec, missing)
 
@@ -386,51 +450,39 @@ def _form_and_follow(draft: Draft, spec: JobSpec) -> Plan:
 def _run(draft: Draft, spec: JobSpec) -> Plan:
     if not holds(draft.status, "Running"):
         draft.event("Normal", "Running", f"All {spec.nodes} workers run.")
-    draft.say("Running", True, "WorkersRunning", f"All {spec.nodes} workers run.")
+    draft.stage("Running", "WorkersRunning", f"All {spec.nodes} workers run.")
     draft.say("Restarting", False, "NotRestarting")
+    note_health(draft, spec)
     return draft.plan("Running")
 
 
 def _wait_for_start(draft: Draft, spec: JobSpec, missing: list[int]) -> Plan:
     gang, refused = draft.gang(), draft.observed.refused
-    problem = next((p for pod in gang if (p := _start_problem(pod)) is not None), None)
+    problem = next((p for pod in gang if (p := start_problem(pod)) is not None), None)
     scheduled = [pod for pod in gang if (pod.get("spec") or {}).get("nodeName")]
+    all_scheduled = len(scheduled) == spec.nodes
     count = f"of {spec.nodes} workers"
     if missing and refused is not None:
-        _complain(draft, "PodsRefused", refused.message)
+        problem = refused.reason, refused.message
         draft.wake(REFUSED_RETRY_SECONDS)
-    elif problem is not None:
-        _complain(draft, *problem)
-    elif len(scheduled) < spec.nodes:
-        draft.say("Running", False, "WorkersPending", f"{len(scheduled)} {count} have a node.")
+    if problem is not None:
+        _tell_problem(draft, *problem)
+        reason, message = problem
+    elif all_scheduled:
+        reason, message = "WorkersStarting", f"{sum(map(failures.is_running, gang))} {count} run."
     else:
-        running = sum(map(failures.is_running, gang))
-        draft.say("Running", False, "WorkersStarting", f"{running} {count} run.")
+        reason, message = "WorkersPending", f"{len(scheduled)} {count} have a node."
+    draft.stage("Starting" if all_scheduled else "Queued", reason, message)
+    wake_for_late_start(draft, spec)
     if holds(draft.status, "Restarting"):
         return draft.plan("Restarting")
     if not any(c.type == "Restarting" for c in draft.status.conditions):
         draft.say("Restarting", False, "NotRestarting")
-    return draft.plan("Starting" if len(scheduled) == spec.nodes else "Pending")
+    return draft.plan("Starting" if all_scheduled else "Pending")
 
 
-def _complain(draft: Draft, reason: str, message: str) -> None:
-    """Say what keeps the workers from starting; by an Event too, if nothing did before."""
+def _tell_problem(draft: Draft, reason: str, message: str) -> None:
+    """An Event of what keeps the workers from starting, if nothing did before."""
     old = condition(draft.stored, "Running")
     if old is None or old.reason in _NO_PROBLEMS:
         draft.event("Warning", reason, message)
-    draft.say("Running", False, reason, message)
-
-
-def _start_problem(pod: Pod) -> tuple[str, str] | None:
-    """(reason, sentence) of what keeps a pod from starting, in the scheduler's or the kubelet's words."""
-    status = pod.get("status") or {}
-    name = pod["metadata"]["name"]
-    for found in status.get("conditions") or []:
-        unscheduled = found.get("type") == "PodScheduled" and found.get("status") == "False"
-        if unscheduled and found.get("reason") == "Unschedulable":
-            return "Unschedulable", f"{name}: {found.get('message') or 'no node fits.'}"
-    for container in (status.get("initContainerStatuses") or []) + (status.get("containerStatuses") or []):
-        waiting = (container.get("state") or {}).get("waiting") or {}
-        if waiting.get("reason", "") not in _HARMLESS_WAITS:
-            return waiting["reason"], f"{name}: {waiting.get('message') or waiting['reason']}"
-    return None

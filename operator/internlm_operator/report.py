@@ -36,6 +36,8 @@ class CheckpointReport(Message):
     """Its size."""
     digest: Annotated[str, Field(max_length=256)] = ""
     """Digest of its manifest."""
+    verified: bool = False
+    """Its bytes came back from the store as they were written."""
 
 
 class EndedReport(Message):

@@ -15,9 +15,12 @@ from internlm_operator.api import (
     Progress,
 )
 from internlm_operator.report import Report
-from internlm_operator.times import seconds_since, stamp
+from internlm_operator.times import duration, seconds_since, stamp
 
-CONDITIONS = ("Running", "Restarting", "Suspended", "Succeeded", "Failed")
+CONDITIONS = (
+    *("Queued", "Starting", "Running", "Restarting", "Suspended"),
+    *("CheckpointStale", "ProgressStalled", "Succeeded", "Failed"),
+)
 MAX_ATTEMPTS = 10
 # Seconds between two writes that only carry progress.
 PROGRESS_SECONDS = 5.0
@@ -108,6 +111,7 @@ def take_report(status: JobStatus, report: Report, time: datetime) -> None:
         tokens_per_gpu_per_second=_rounded(report.tokens_per_gpu_per_second),
         tflops_per_gpu=_rounded(report.tflops_per_gpu),
         eta_seconds=report.eta_seconds,
+        eta=duration(report.eta_seconds) if report.eta_seconds is not None else "",
         last_report_time=stamp(time),
     )
     status.progress_text = f"{report.step}/{report.total_steps}"
@@ -153,7 +157,7 @@ def take_last_step(status: JobStatus, step: int) -> None:
     progress = status.progress
     if progress is not None and step > progress.step:
         progress.step = min(step, progress.total_steps)
-        progress.eta_seconds = None
+        progress.eta_seconds, progress.eta = None, ""
         status.progress_text = f"{progress.step}/{progress.total_steps}"
 
 

@@ -25,3 +25,14 @@ def seconds_since(text: object, now: datetime) -> float | None:
     """Seconds from the time that `text` says to `now`; None where it says none."""
     time = parse_time(text)
     return None if time is None else (now - time).total_seconds()
+
+
+def duration(seconds: float) -> str:
+    """Two units, as kubectl prints ages: `3d20h`, `5h7m`, `4m30s`, `12s`."""
+    rest = round(seconds)
+    days, rest = divmod(rest, 86400)
+    hours, rest = divmod(rest, 3600)
+    minutes, rest = divmod(rest, 60)
+    parts = [(days, "d"), (hours, "h"), (minutes, "m"), (rest, "s")]
+    first = next((i for i, (count, _) in enumerate(parts) if count), len(parts) - 1)
+    return "".join(f"{count}{unit}" for count, unit in parts[first : first + 2] if count) or "0s"

@@ -119,6 +119,10 @@ class Here:
     def status(self, name: str) -> dict[str, Any]:
         return self.job(name).get("status") or {}
 
+    def condition(self, name: str, type: str) -> dict[str, Any]:
+        conditions = self.status(name).get("conditions") or []
+        return next((condition for condition in conditions if condition["type"] == type), {})
+
     def edit(self, name: str, **spec: Any) -> None:
         self.custom.patch_namespaced_custom_object(
             api.GROUP, api.VERSION, NAMESPACE, api.PLURAL, name, {"spec": spec}

@@ -16,10 +16,11 @@ from internlm_operator.api import API_VERSION, KIND, ExcludedNode
 from internlm_operator.inplace import Agent
 from internlm_operator.merge import merge_patch
 from internlm_operator.nodes import NodeHealth
-from internlm_operator.plan import Action, Apply, Create, Delete, Event, Observed, Plan, Refusal
+from internlm_operator.plan import Action, Apply, Create, Delete, Event, Observed, Plan
 from internlm_operator.reconcile import reconcile
 from internlm_operator.report import AgentReport, Report
 from internlm_operator.times import parse_time, stamp
+from internlm_operator.waits import Refusal
 
 SETTINGS = objects.Settings("trainer:1", "https://internlm-operator.system.svc:8443", "CA")
 START = datetime(2026, 1, 1, tzinfo=UTC)
@@ -81,6 +82,7 @@ class World:
         self.nodes: dict[str, NodeHealth] = {}
         self.excluded: list[ExcludedNode] = []
         self.agents: dict[int, Agent] = {}
+        self.listening_since: datetime | None = None
         self._uids = 0
 
     # What reconcile sees and does
@@ -101,7 +103,16 @@ class World:
         pods = copy.deepcopy(list(self.pods.values()))
         nodes, excluded = dict(self.nodes), copy.deepcopy(self.excluded)
         return Observed(
-            SETTINGS, pods, report, time, self.applied, self.refused, nodes, excluded, dict(self.agents)
+            SETTINGS,
+            pods,
+            report,
+            time,
+            self.applied,
+            self.refused,
+            nodes,
+            excluded,
+            dict(self.agents),
+            self.listening_since,
         )
 
     def plan(self) -> Plan:

@@ -208,6 +208,22 @@ BAD = {
         edited(data__prepare={"text": ["/a"]}, data__train=[{"path": "/b"}, {"path": "/c"}]),
         "spec.data.prepare: writes one training folder",
     ),
+    "a manager without a domain": (edited(managedBy="kueue"), "spec.managedBy: must be a domain and a name"),
+    "a size that is none": (edited(sharedMemory="64GB"), "spec.sharedMemory: must be a number of bytes"),
+    "a size without end": (edited(sharedMemory="1" * 17), "spec.sharedMemory: Too long: "),
+    "GPUs of no plugin": (edited(gpuResourceName="gpu"), "spec.gpuResourceName: must be the name of an ext"),
+    "adapters of no plugin": (edited(network__rdma={}), "spec.network.rdma.resourceName: Required value"),
+    "a priority that cannot be": (
+        edited(scheduling__priorityClassName="High"),
+        "spec.scheduling.priorityClassName: must be the name of an object",
+    ),
+    "a version that is no tag": (edited(runtimeVersion="1.0 beta"), "spec.runtimeVersion: must be a tag"),
+    "two images": (edited(image="mine:1", runtimeVersion="1.0.0"), "spec.runtimeVersion: give image, or"),
+    "a policy that does not exist": (
+        edited(cleanPodPolicy="Some"),
+        'spec.cleanPodPolicy: Unsupported value: "Some": supported values: "All", "None", "Running"',
+    ),
+    "a deadline in the past": (edited(activeDeadlineSeconds=0), "spec.activeDeadlineSeconds: Invalid value"),
     "a name too long for the pods": (
         edited(metadata__name="a" * 51),
         "metadata.name: must have at most 50 charac",
@@ -233,6 +249,17 @@ FINE = {
     ),
     "a template": edited(
         template={"metadata": {"labels": {"team": "a"}}, "spec": {"tolerations": [{"key": "x"}]}}
+    ),
+    "another manager": edited(managedBy="kueue.x-k8s.io/multikueue"),
+    "all that a pod is asked for": edited(
+        runtimeVersion="1.2.0",
+        sharedMemory="64Gi",
+        gpuResourceName="nvidia.com/mig-3g.40gb",
+        network={"rdma": {"resourceName": "rdma/hca", "perNode": 8}, "hostNetwork": True},
+        scheduling={"priorityClassName": "train", "schedulerName": "gangs"},
+    ),
+    "all that a job's end is asked for": edited(
+        activeDeadlineSeconds=1, startupDeadlineSeconds=600, cleanPodPolicy="None", ttlSecondsAfterFinished=0
     ),
     "the longest name": edited(metadata__name="a" * 50),
 }
@@ -287,6 +314,8 @@ FIELDS = {
     "parallel__zero__parameters parallel__zero__gradients parallel__zero__optimizer": DEGREES,
     "data__train data__validation data__prepare data__tokenizer training__completions model recovery": THINGS,
     "image suspend checkpoint__path template__spec typo data__typo": THINGS,
+    "network__rdma scheduling__schedulerName managedBy gpuResourceName": THINGS,
+    "sharedMemory": QUANTITIES,
     "model__preset": st.sampled_from([None, "internlm-7b", "internlm-9b", 7]),
     "training__steps training__globalBatchTokens model data": st.just(DELETE),
 }
@@ -317,6 +346,18 @@ def test_any_manifest_is_right_for_both_or_wrong_for_both(
 
 
 @pytest.mark.usefixtures("server")
+def test_kubectl_explain_is_documentation(control_plane: Cluster) -> None:
+    def explain(path: str) -> str:
+        return " ".join(control_plane.kubectl("explain", f"ilj.{path}").split())
+
+    zero = explain("spec.parallel.zero")
+    assert "ZeRO-1 inside nodes of 8 GPUs is (1, 1, 8); FSDP is (-1, -1, -1)." in zero
+    assert "gradients <integer> Ranks that share one copy of the accumulated gradients." in zero
+    assert "the reason DeadlineExceeded" in explain("spec.activeDeadlineSeconds")
+    assert "ENUM: Running All None" in explain("spec.cleanPodPolicy")
+
+
+@pytest.mark.usefixtures("server")
 def test_a_running_job_keeps_its_model_until_it_is_suspended(control_plane: Cluster) -> None:
     def apply(**changes: object) -> str:
         return control_plane.kubectl(
@@ -330,7 +371,22 @@ def test_a_running_job_keeps_its_model_until_it_is_suspended(control_plane: Clus
         apply(model__layers=3)
     with pytest.raises(RuntimeError, match=r"spec\.nodes cannot change"):
         apply(model__layers=3, nodes=4, suspend=True)
+    for change in (
+        {"template": {"spec": {"nodeSelector": {"gpu": "h100"}}}},
+        {"image": "other:1"},
+        {"runtimeVersion": "1.0.0"},
+        {"network__hostNetwork": True},
+    ):
+        name = next(iter(change)).partition("__")[0]
+        with pytest.raises(RuntimeError, match=rf"spec\.{name} cannot change while the job runs"):
+            apply(**change)
+    with pytest.raises(RuntimeError, match=r"spec\.nodes cannot change"):
+        control_plane.kubectl("scale", "ilj", "job", "--namespace=crd-test", "--replicas=4")
     assert "configured" in apply(suspend=True)
+    control_plane.kubectl("scale", "ilj", "job", "--namespace=crd-test", "--replicas=4")
+    with pytest.raises(RuntimeError, match=r"spec\.managedBy cannot change: two controllers"):
+        apply(suspend=True, managedBy="kueue.x-k8s.io/multikueue")
+    assert "configured" in apply(suspend=True, template__spec__nodeSelector__gpu="h100")
     assert "configured" in apply(suspend=True, model__layers=3)
     assert "configured" in apply(model__layers=3)
     assert "configured" in apply(model__layers=3, recovery__maxRestarts=1)
@@ -345,23 +401,63 @@ def test_kubectl_prints_how_far_how_fast_and_how_safe_a_job_is(control_plane: Cl
     status = {
         "phase": "Running",
         "progressText": "120/400",
-        "progress": {"step": 120, "totalSteps": 400, "loss": 3.21, "tokensPerSecond": 8100},
+        "progress": {"step": 120, "loss": 3.21, "tokensPerSecond": 8100.5, "eta": "3d20h"},
         "checkpoint": {"step": 100, "uri": "s3://b/checkpoints/step-100", "time": now},
         "restarts": 1,
+        "layout": "zero 1/1/4",
+        "workers": {"desired": 2, "ready": 2},
+        "lastFailure": {"attempt": 1, "reason": "Evicted", "message": "the node was full"},
     }
+    patch_status(control_plane, "printed", status)
+
+    def columns(*wide: str) -> dict[str, str]:
+        head, row = control_plane.kubectl("get", "ilj", "printed", "--namespace=crd-test", *wide).splitlines()
+        starts = [found.start() for found in re.finditer(r"\S+( \S+)*", head)]
+        cells = zip(starts, [*starts[1:], None], strict=True)
+        return {head[a:b].strip(): row[a:b].strip() for a, b in cells}
+
+    printed = columns()
+    assert printed.pop("CHECKPOINT").startswith("4m")
+    assert printed.pop("AGE")
+    assert printed == {
+        "NAME": "printed",
+        "PHASE": "Running",
+        "STEP": "120/400",
+        "LOSS": "3.21",
+        "TOK/S": "8100",
+        "RESTARTS": "1",
+        "ETA": "3d20h",
+    }
+    wide = {"NODES": "2", "READY": "2", "LAYOUT": "zero 1/1/4", "LAST FAILURE": "Evicted"}
+    assert columns("--output=wide").items() >= wide.items()
+
+
+def patch_status(control_plane: Cluster, name: str, status: dict[str, Any]) -> None:
     control_plane.kubectl(
-        *("patch", "ilj", "printed", "--namespace=crd-test", "--subresource=status", "--type=merge"),
+        *("patch", "ilj", name, "--namespace=crd-test", "--subresource=status", "--type=merge"),
         "--patch=" + json.dumps({"status": status}),
     )
-    head, row = control_plane.kubectl("get", "ilj", "printed", "--namespace=crd-test").splitlines()
-    assert head.split() == ["NAME", "PHASE", "STEP", "LOSS", "TOK/S", "CHECKPOINT", "RESTARTS", "AGE"]
-    name, phase, step, loss, speed, checkpoint, restarts, _ = row.split()
-    assert (name, phase, step, loss, speed, restarts) == (
-        "printed",
-        "Running",
-        "120/400",
-        "3.21",
-        "8100",
-        "1",
-    )
-    assert checkpoint.startswith("4m")
+
+
+@pytest.mark.usefixtures("server")
+def test_kubectl_waits_for_the_end_of_a_job(control_plane: Cluster) -> None:
+    waited = edited(metadata__name="waited")
+    control_plane.kubectl("apply", "--namespace=crd-test", "--filename=-", input=json.dumps(waited))
+    wait = ("wait", "--for=condition=Succeeded", "ilj/waited", "--namespace=crd-test")
+    with pytest.raises(RuntimeError, match="timed out waiting"):
+        control_plane.kubectl(*wait, "--timeout=1s")
+    succeeded = {"type": "Succeeded", "status": "True", "reason": "Completed"}
+    time_of_it = {"lastTransitionTime": "2026-01-01T00:00:00Z"}
+    patch_status(control_plane, "waited", {"conditions": [succeeded | time_of_it]})
+    assert "condition met" in control_plane.kubectl(*wait, "--timeout=30s")
+
+
+@pytest.mark.usefixtures("server")
+def test_scale_tells_the_nodes_and_the_workers_that_run(control_plane: Cluster) -> None:
+    scaled = edited(metadata__name="scaled", suspend=True)
+    control_plane.kubectl("apply", "--namespace=crd-test", "--filename=-", input=json.dumps(scaled))
+    patch_status(control_plane, "scaled", {"workers": {"ready": 2}, "selector": "a=b"})
+    raw = f"/apis/{api.API_VERSION}/namespaces/crd-test/internlmjobs/scaled/scale"
+    scale = json.loads(control_plane.kubectl("get", f"--raw={raw}"))
+    assert scale["spec"] == {"replicas": 2}
+    assert scale["status"] == {"replicas": 2, "selector": "a=b"}

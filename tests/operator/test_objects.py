@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from operator_world import SETTINGS, apply_merge_patch, make_job
 
 from internlm_operator import objects
+from internlm_operator.api import MANAGER
 from internlm_operator.manifest import parse_job
 from internlm_operator.merge import merge_patch, strategic_merge
 
@@ -103,6 +104,56 @@ def test_the_jobs_own_image_wins() -> None:
     assert trainer(worker(image="mine:2"))["image"] == "mine:2"
 
 
+@pytest.mark.parametrize(
+    ("installed", "version", "image"),
+    [
+        ("internlm-trainer:1.0.0", "1.1.0", "internlm-trainer:1.1.0"),
+        ("internlm-trainer", "1.1.0", "internlm-trainer:1.1.0"),
+        ("registry:5000/team/trainer:1.0.0@sha256:0123", "1.1.0", "registry:5000/team/trainer:1.1.0"),
+        ("registry:5000/trainer@sha256:0123", "1.1.0", "registry:5000/trainer:1.1.0"),
+    ],
+)
+def test_a_version_is_another_tag_of_the_operators_trainer(installed: str, version: str, image: str) -> None:
+    spec = parse_job(make_job(runtimeVersion=version)).spec
+    assert objects.trainer_image(spec, installed) == image
+
+
+def test_a_job_chooses_its_scheduler_its_priority_and_the_size_of_its_shared_memory() -> None:
+    scheduling = {"schedulerName": "gangs", "priorityClassName": "train"}
+    spec = worker(scheduling=scheduling, sharedMemory="64Gi")["spec"]
+    assert (spec["schedulerName"], spec["priorityClassName"]) == ("gangs", "train")
+    volumes = {volume["name"]: volume for volume in spec["volumes"]}
+    assert volumes["shm"]["emptyDir"] == {"medium": "Memory", "sizeLimit": "64Gi"}
+    assert {"schedulerName", "priorityClassName", "hostNetwork"}.isdisjoint(worker()["spec"])
+
+
+def test_gpus_and_rdma_adapters_are_asked_for_by_the_names_of_their_plugins() -> None:
+    network = {"rdma": {"resourceName": "rdma/hca", "perNode": 4}}
+    pod = worker(gpusPerNode=8, gpuResourceName="amd.com/gpu", network=network)
+    assert trainer(pod)["resources"] == {"limits": {"amd.com/gpu": "8", "rdma/hca": "4"}}
+    assert trainer(pod)["securityContext"]["capabilities"] == {"drop": ["ALL"], "add": ["IPC_LOCK"]}
+    assert trainer(worker(gpusPerNode=8))["securityContext"]["capabilities"] == {"drop": ["ALL"]}
+    assert "hostNetwork" not in pod["spec"], "only where it is asked for"
+
+
+def test_on_the_hosts_network_workers_still_find_each_other_by_name() -> None:
+    spec = worker(network={"hostNetwork": True})["spec"]
+    assert (spec["hostNetwork"], spec["dnsPolicy"]) == (True, "ClusterFirstWithHostNet")
+
+
+def test_torchrun_waits_for_a_save_as_long_as_the_pod_may_live() -> None:
+    def patience(**template: Any) -> dict[str, Any]:
+        pod = worker(template={"spec": template})
+        environment = {e["name"]: e["value"] for e in trainer(pod)["env"]}
+        return {
+            "grace": pod["spec"]["terminationGracePeriodSeconds"],
+            "torchrun": int(environment["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"]),
+        }
+
+    assert patience() == {"grace": 60, "torchrun": 55}
+    assert patience(terminationGracePeriodSeconds=600) == {"grace": 600, "torchrun": 595}
+
+
 def test_a_template_is_merged_as_kubectl_would() -> None:
     toleration = {"key": "gpu", "operator": "Exists"}
     template = {
@@ -149,7 +200,15 @@ def test_the_digest_of_a_spec_changes_with_the_gang_and_not_with_the_rest() -> N
         return objects.spec_digest(parse_job(make_job(**spec)).spec)
 
     assert digest() == digest(suspend=True, recovery={"maxRestarts": 3}, gpusPerNode=0)
-    assert len({digest(), digest(nodes=4), digest(gpusPerNode=2)}) == 3
+    assert digest() == digest(activeDeadlineSeconds=9, cleanPodPolicy="All", managedBy=MANAGER)
+    changed = [
+        digest(),
+        digest(nodes=4),
+        digest(gpusPerNode=2),
+        digest(image="x"),
+        digest(sharedMemory="1Gi"),
+    ]
+    assert len(set(changed)) == len(changed)
 
 
 @pytest.mark.parametrize(

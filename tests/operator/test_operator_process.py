@@ -38,6 +38,7 @@ def test_a_job_lives_from_pending_to_succeeded(here: Here) -> None:
         "time": "2026-01-01T00:00:00Z",
         "bytes": 5,
         "digest": "d",
+        "verified": False,
     }
     assert here.report("life", pods[0], step=120, checkpoint=checkpoint) == (200, {})
     here.wait(lambda: here.status("life").get("progressText") == "120/400", "progress", "life")
@@ -175,12 +176,10 @@ def test_a_quota_that_is_used_up_is_shown_and_the_job_starts_when_there_is_room(
     wait_until(enforced, "the quota", TIMEOUT)
     here.create("quota")
 
-    def running() -> dict[str, Any]:
-        conditions = here.status("quota").get("conditions") or [{}]
-        return next((c for c in conditions if c.get("type") == "Running"), {})
-
-    here.wait(lambda: running().get("reason") == "PodsRefused", "the refusal", "quota")
-    assert "exceeded quota" in running()["message"]
+    here.wait(
+        lambda: here.condition("quota", "Queued").get("reason") == "QuotaExceeded", "the refusal", "quota"
+    )
+    assert "exceeded quota" in here.condition("quota", "Queued")["message"]
     here.core.delete_namespaced_resource_quota("none", NAMESPACE)
     here.wait_gang("quota", 1)
     here.delete("quota")
@@ -223,6 +222,61 @@ def test_a_node_whose_condition_tells_of_failed_hardware_gets_no_worker(here: He
 
     wait_until(avoided, "jobs to keep off the node", TIMEOUT)
     here.core.delete_node("sick")
+
+
+def test_objects_of_other_owners_are_left_alone_and_the_job_starts_when_they_are_gone(here: Here) -> None:
+    metadata = client.V1ObjectMeta(name="taken", labels={objects.JOB_LABEL: "taken"})
+    spec = client.V1ServiceSpec(ports=[client.V1ServicePort(port=80)])
+    service = here.core.create_namespaced_service(NAMESPACE, client.V1Service(metadata=metadata, spec=spec))
+    config_map = client.V1ConfigMap(metadata=client.V1ObjectMeta(name="taken-config"), data={"mine": "1"})
+    here.core.create_namespaced_config_map(NAMESPACE, config_map)
+    pod = here.start("other-job", nodes=1)[0]
+
+    def said() -> str:
+        queued = here.condition("taken", "Queued")
+        return f"{queued.get('reason')}: {queued.get('message')}"
+
+    here.create("taken", nodes=1)
+    here.wait(
+        lambda: said().startswith("NameTaken: Service taken exists and is not this job's"), "it", "taken"
+    )
+    assert here.condition("taken", "Queued")["status"] == "True"
+    found = here.core.read_namespaced_service("taken", NAMESPACE).metadata
+    assert (found.resource_version, found.owner_references) == (service.metadata.resource_version, None)
+    here.core.delete_namespaced_service("taken", NAMESPACE)
+    here.edit("taken", suspend=True)  # an edit wakes it earlier than its ten seconds
+    here.edit("taken", suspend=False)
+    here.wait(lambda: said().startswith("NameTaken: ConfigMap taken-config exists"), "the next", "taken")
+    assert here.core.read_namespaced_config_map("taken-config", NAMESPACE).data == {"mine": "1"}
+    here.core.delete_namespaced_config_map("taken-config", NAMESPACE)
+    here.run(*here.wait_gang("taken", 1, nodes=1))
+    here.wait_phase("taken", "Running")
+    assert here.pods("other-job").keys() == {pod}
+    here.delete("taken")
+    here.delete("other-job")
+
+
+def test_what_the_workers_share_is_made_again_for_the_next_gang(here: Here) -> None:
+    pod = here.start("shared", nodes=1)[0]
+    here.core.delete_namespaced_config_map("shared-config", NAMESPACE)
+    selector = {"spec": {"selector": {"app": "mine"}}}
+    here.core.patch_namespaced_service("shared", NAMESPACE, selector)
+    here.end(pod, 1)
+    here.wait_reaped("shared", 1)
+    here.wait_gang("shared", 2, nodes=1)
+    assert "job.yaml" in here.core.read_namespaced_config_map("shared-config", NAMESPACE).data
+    found = here.core.read_namespaced_service("shared", NAMESPACE)
+    assert found.spec.selector == {objects.JOB_LABEL: "shared"}
+    here.delete("shared")
+
+
+def test_a_job_of_another_controller_gets_nothing(here: Here) -> None:
+    here.create("foreign", managedBy="kueue.x-k8s.io/multikueue")
+    here.start("own", nodes=1)  # later, and it runs
+    assert here.status("foreign") == {}
+    assert not here.pods("foreign")
+    here.delete("foreign")
+    here.delete("own")
 
 
 def test_the_channel_believes_only_a_pod_of_this_job_with_a_token_for_this_job(here: Here) -> None:

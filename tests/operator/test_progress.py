@@ -18,6 +18,7 @@ def test_a_report_becomes_progress_and_checkpoint() -> None:
         "time": "2026-01-01T00:00:00Z",
         "bytes": 9,
         "digest": "x",
+        "verified": True,
     }
     speed = {"tokensPerSecond": 8100.0, "tokensPerGpuPerSecond": 4050.0, "tflopsPerGpu": 181.5}
     world.tell(make_report(step=120, **speed, etaSeconds=95, failedSaves=2, checkpoint=checkpoint))
@@ -32,6 +33,7 @@ def test_a_report_becomes_progress_and_checkpoint() -> None:
         "loss": 3.0,
         **speed,
         "etaSeconds": 95,
+        "eta": "1m35s",
         "lastReportTime": stamp(world.now),
     }
     assert world.status["checkpoint"] == checkpoint

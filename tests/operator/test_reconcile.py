@@ -8,8 +8,9 @@ import pytest
 from operator_world import START, World, make_report, message
 
 from internlm_operator import objects
-from internlm_operator.plan import Apply, Create, Delete, Refusal
+from internlm_operator.plan import Apply, Create, Delete
 from internlm_operator.times import stamp
+from internlm_operator.waits import Refusal
 
 
 def actions(plan: Any, kind: type) -> list[Any]:
@@ -44,9 +45,13 @@ def test_a_new_job_is_pending_and_every_condition_is_known() -> None:
     world.step()
     assert world.phase == "Pending"
     assert {c["type"]: c["status"] for c in world.status["conditions"]} == {
+        "Queued": "True",
+        "Starting": "False",
         "Running": "False",
         "Restarting": "False",
         "Suspended": "False",
+        "CheckpointStale": "False",
+        "ProgressStalled": "False",
         "Succeeded": "False",
         "Failed": "False",
     }
@@ -60,9 +65,11 @@ def test_the_phase_is_starting_once_every_worker_has_a_node() -> None:
     world.schedule(0)
     world.settle()
     assert world.phase == "Pending"
+    assert world.condition("Queued")["status"] == "True"
     world.schedule(1)
     world.settle()
     assert world.phase == "Starting"
+    assert world.condition("Starting")["status"] == "True"
     assert world.condition("Running")["reason"] == "WorkersStarting"
 
 
@@ -151,13 +158,27 @@ def test_what_keeps_a_worker_from_starting_is_said_in_the_words_of_who_saw_it(
     assert world.condition("Running")["status"] == "True"
 
 
-def test_pods_that_are_refused_for_now_are_shown_and_tried_again() -> None:
+@pytest.mark.parametrize(
+    ("code", "sentence", "reason"),
+    [
+        (403, 'pods "job-worker-0" is forbidden: exceeded quota: team-a', "QuotaExceeded"),
+        (403, "unable to create new content in namespace a because it is being terminated",
+         "NamespaceTerminating"),
+        (403, 'violates PodSecurity "restricted:latest": host namespaces', "PodSecurityViolated"),
+        (409, "Pod job-worker-0 exists and is not this job's", "NameTaken"),
+        (403, "no PriorityClass with name train was found", "PodsRefused"),
+    ],
+)  # fmt: skip
+def test_pods_that_are_refused_for_now_are_shown_and_tried_again(
+    code: int, sentence: str, reason: str
+) -> None:
     world = World()
     world.step(actions=0)
-    world.refused = Refusal(403, "exceeded quota: team-a")
+    world.refused = Refusal(code, sentence)
     plan = world.step(actions=0)
-    assert world.condition("Running")["reason"] == "PodsRefused"
-    assert world.condition("Running")["message"] == "exceeded quota: team-a"
+    assert world.condition("Queued")["status"] == "True"
+    for type in ("Queued", "Starting", "Running"):
+        assert (world.condition(type)["reason"], world.condition(type)["message"]) == (reason, sentence)
     assert len(actions(plan, Create)) == 2
     assert plan.wake_after == 10
     world.refused = None
@@ -292,17 +313,6 @@ def test_a_job_that_is_being_deleted_is_left_to_kubernetes() -> None:
     plan = world.plan()
     assert plan.actions == []
     assert plan.status is None
-
-
-def test_a_description_that_is_not_valid_fails_the_job_with_a_sentence_for_each_mistake() -> None:
-    world = World(nodes=0, gpusPerNode="two")
-    world.settle()
-    assert world.phase == "Failed"
-    failed = world.condition("Failed")
-    assert failed["reason"] == "InvalidSpec"
-    assert "spec.nodes" in failed["message"]
-    assert "spec.gpusPerNode" in failed["message"]
-    assert not world.pods
 
 
 # Conditions

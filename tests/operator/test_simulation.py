@@ -316,7 +316,8 @@ class JobLife(RuleBasedStateMachine):
         assert values["Suspended"] == (status["phase"] == "Suspended")
         assert values["Succeeded"] == (status["phase"] == "Succeeded")
         assert values["Failed"] == (status["phase"] == "Failed")
-        assert not (values["Succeeded"] and values["Failed"])
+        stages = ("Queued", "Starting", "Running", "Suspended", "Succeeded", "Failed")
+        assert sum(values[type] for type in stages) <= 1, "a job is in one stage at most"
 
     def teardown(self) -> None:
         """Once nothing fails any more, the job comes to its end, and nothing of it is left to run."""

@@ -47,6 +47,7 @@ def open_store(name: str, spec: TrainSpec) -> CheckpointStore:
         name,
         patience=asked.retry_seconds,
         keep_every=asked.keep_every_steps,
+        verify=asked.verify,
     )
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
 from threading import Event, Thread
@@ -12,6 +14,7 @@ import pytest
 import torch
 
 from internlm_trainer.checkpoint import BadCheckpoint, Piece, SaveFailed, Snapshot, Want
+from internlm_trainer.checkpoint.folder import Folder
 from internlm_trainer.errors import UserError
 from trainer.checkpoint.states import (
     KINDS,
@@ -42,6 +45,28 @@ def test_what_is_reported_of_a_checkpoint_is_what_lies_in_the_store(url):
     assert re.fullmatch(r"xxh3:[0-9a-f]{32}", committed.digest)
     assert committed.bytes == sum(size or 0 for size in store.folder.names("step-00000100").values())
     assert store.open(100).committed == committed
+
+
+class Damaging(Folder):
+    """A store that keeps something else than it was given."""
+
+    @contextmanager
+    def create(self, *parts: str, size: int) -> Iterator[Callable[[memoryview], None]]:
+        with super().create(*parts, size=size) as write:
+            yield lambda data: write(memoryview(bytes([data[0] ^ 1]) + bytes(data[1:])))
+
+
+def test_a_shard_that_comes_back_damaged_makes_no_checkpoint_where_saves_are_verified(tmp_path):
+    careless, careful = open_store(str(tmp_path)), open_store(str(tmp_path), verify=True)
+    assert not save(careless, 100).verified
+    assert save(careful, 200).verified
+    careless.folder = careful.folder = Damaging(str(tmp_path))
+    with pytest.raises(SaveFailed, match=r"step-00000300 could not be saved: .*damaged between bytes 0 and"):
+        save(careful, 300)
+    assert careful.candidates() == [200, 100]
+    save(careless, 400)
+    with pytest.raises(BadCheckpoint, match="damaged"):
+        careless.open(400).verify()
 
 
 def test_numpy_arrays_and_every_type_can_be_saved(url):

@@ -150,7 +150,8 @@ def test_an_evicted_pod_says_at_which_step_it_saved_and_other_layouts_go_on_alik
         assert [found[step] for step in found] == pytest.approx(
             [expected[step] for step in found], abs=1.1e-4
         )
-        report = channel.reports[-1]
+        first, report = channel.reports[0], channel.reports[-1]
+        assert (first["checkpoint"]["step"], first["checkpoint"]["verified"]) == (last, True)
         assert report["startStep"] == last
         for value in ("loss", "validationLoss"):
             assert report[value] == pytest.approx(uninterrupted.last_report[value], abs=1e-5)

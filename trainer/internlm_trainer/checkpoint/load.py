@@ -8,9 +8,8 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from internlm_trainer.checkpoint.errors import BadCheckpoint
 from internlm_trainer.checkpoint.folder import Folder
@@ -31,19 +30,22 @@ from internlm_trainer.checkpoint.format import (
 from internlm_trainer.checkpoint.tensors import Want, as_bytes, dtype_name
 from internlm_trainer.errors import UserError
 
+T = TypeVar("T")
+
 READERS = 8  # ranged reads in flight; with the largest read of 16 MiB they hold 128 MiB
 
 
 @dataclass(frozen=True)
 class CommittedCheckpoint:
     """What others may know of a checkpoint that exists: `bytes` of all its files, `digest` of its manifest,
-    `time` in UTC."""
+    `time` in UTC; `verified`: its bytes came back from the store as they were written."""
 
     step: int
     uri: str
     time: str
     bytes: int
     digest: str
+    verified: bool = False
 
 
 def stored_steps(folder: Folder) -> tuple[list[int], list[int]]:
@@ -118,19 +120,7 @@ class Checkpoint:
         back.
         """
         self.check_sizes()
-        reads = [
-            Read(shard.file, start, min(start + LARGEST_READ, shard.bytes), ())
-            for shard in self.manifest.shards
-            for start in range(0, shard.bytes, LARGEST_READ)
-        ]
-        lock = threading.Lock()
-
-        def check(read: Read) -> None:
-            self._read(read)
-            with lock:
-                progress(read.stop - read.start)
-
-        _in_parallel(check, reads)
+        read_back(self.folder, self.name, self.manifest.shards, progress)
 
     def check_sizes(self) -> None:
         """Are all shards there, as long as they should be?  One listing; raises BadCheckpoint."""
@@ -151,40 +141,12 @@ class Checkpoint:
         targets = [as_bytes(want.out) for want in wants]
 
         def fill(read: Read) -> None:
-            data = memoryview(self._read(read))
+            data = memoryview(_read(self.folder, self.name, self._shards[read.file], read))
             for copy in read.copies:
                 part = data[copy.start - read.start : copy.stop - read.start]
                 targets[copy.want][copy.to : copy.to + len(part)] = part
 
         _in_parallel(fill, self.index.plan([want.elements for want in wants]))
-
-    def _read(self, read: Read) -> bytes:
-        """The bytes of a read, which begins at a chunk and ends at one or with the shard."""
-        shard = self._shards[read.file]
-        with self._present(read.file):
-            data = self.folder.read(self.name, read.file, start=read.start, stop=read.stop)
-        if _differing(shard, read.start, data) is not None:
-            # A store that replicates may serve an old object under the name once; damage stays.
-            data = self.folder.read(self.name, read.file, start=read.start, stop=read.stop)
-        if len(data) != read.stop - read.start:
-            raise BadCheckpoint(
-                self.name,
-                f"{read.file} ends at byte {read.start + len(data)}, before byte {read.stop}",
-            )
-        if (at := _differing(shard, read.start, data)) is not None:
-            raise BadCheckpoint(
-                self.name,
-                f"{read.file} is damaged between bytes {at} and {min(at + CHUNK, shard.bytes)}: the digest there is "
-                f"not {shard.chunks[at // CHUNK]}",
-            )
-        return data
-
-    @contextmanager
-    def _present(self, file: str) -> Iterator[None]:
-        try:
-            yield
-        except FileNotFoundError:
-            raise BadCheckpoint(self.name, f"{file} is missing") from None
 
     def _check_want(self, want: Want) -> None:
         held = self.index.dtype(want.kind, want.parameter)
@@ -202,6 +164,53 @@ class Checkpoint:
         assert len(want.out) == want.stop - want.start
 
 
+def read_back(
+    folder: Folder,
+    name: str,
+    shards: Iterable[ShardEntry],
+    progress: Callable[[int], None] = lambda _: None,
+) -> None:
+    """Read all of the shards of the checkpoint `name`, calling `progress` with the bytes of each read.
+
+    Raises BadCheckpoint for the first chunk that is not what was written, StorageUnavailable.
+    """
+    lock = threading.Lock()
+    reads = [
+        (shard, Read(shard.file, start, min(start + LARGEST_READ, shard.bytes), ()))
+        for shard in shards
+        for start in range(0, shard.bytes, LARGEST_READ)
+    ]
+
+    def check(one: tuple[ShardEntry, Read]) -> None:
+        _read(folder, name, *one)
+        with lock:
+            progress(one[1].stop - one[1].start)
+
+    _in_parallel(check, reads)
+
+
+def _read(folder: Folder, name: str, shard: ShardEntry, read: Read) -> bytes:
+    """The bytes of a read, which begins at a chunk and ends at one or with the shard."""
+    try:
+        data = folder.read(name, read.file, start=read.start, stop=read.stop)
+        if _differing(shard, read.start, data) is not None:
+            # A store that replicates may serve an old object under the name once; damage stays.
+            data = folder.read(name, read.file, start=read.start, stop=read.stop)
+    except FileNotFoundError:
+        raise BadCheckpoint(name, f"{read.file} is missing") from None
+    if len(data) != read.stop - read.start:
+        raise BadCheckpoint(
+            name, f"{read.file} ends at byte {read.start + len(data)}, before byte {read.stop}"
+        )
+    if (at := _differing(shard, read.start, data)) is not None:
+        raise BadCheckpoint(
+            name,
+            f"{read.file} is damaged between bytes {at} and {min(at + CHUNK, shard.bytes)}: the digest there is "
+            f"not {shard.chunks[at // CHUNK]}",
+        )
+    return data
+
+
 def _differing(shard: ShardEntry, start: int, data: bytes) -> int | None:
     """Where the first chunk begins that is not what was written, or None."""
     view = memoryview(data)
@@ -211,7 +220,7 @@ def _differing(shard: ShardEntry, start: int, data: bytes) -> int | None:
     return None
 
 
-def _in_parallel(work: Callable[[Read], None], reads: Iterable[Read]) -> None:
+def _in_parallel(work: Callable[[T], None], reads: Iterable[T]) -> None:
     with ThreadPoolExecutor(READERS) as pool:
         try:
             for _ in pool.map(work, reads):

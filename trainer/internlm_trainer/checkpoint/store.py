@@ -33,6 +33,7 @@ from internlm_trainer.checkpoint.load import (
     Checkpoint,
     CommittedCheckpoint,
     open_checkpoint,
+    read_back,
     sizes,
     stored_steps,
 )
@@ -61,7 +62,7 @@ class CheckpointStore:
     """The checkpoints of job `job` below `url`: the newest `keep` of them, and one in `keep_every` steps for ever.
 
     `model`: the fingerprint of the model's shape, JSON values.  `patience`: seconds for which requests are
-    tried again while the store fails.
+    tried again while the store fails.  `verify`: whether each shard is read back before the checkpoint counts.
     """
 
     def __init__(
@@ -72,10 +73,11 @@ class CheckpointStore:
         job: str,
         patience: float = 60.0,
         keep_every: int | None = None,
+        verify: bool = False,
     ) -> None:
         assert keep >= 1
         self.url, self.model, self.keep, self.job = url, dict(model), keep, job
-        self.keep_every = keep_every
+        self.keep_every, self.verify = keep_every, verify
         self.folder = Folder(url, patience)
         self.writer = ""  # that has a part in the names of its shards, so that no other run overwrites them
         self._owner: Ownership | None = None
@@ -118,7 +120,11 @@ class CheckpointStore:
             for chunk in image.chunks():
                 chunks.append(chunk_digest(chunk))
                 write(chunk)
-        return ShardEntry(file, image.bytes, tuple(chunks), tuple(image.pieces))
+        entry = ShardEntry(file, image.bytes, tuple(chunks), tuple(image.pieces))
+        if self.verify:
+            with _saving(step):
+                read_back(self.folder, step_name(step), [entry])
+        return entry
 
     def commit(
         self,
@@ -151,7 +157,7 @@ class CheckpointStore:
         self._remove_superseded(step)
         total = len(data) + sum(entry.bytes for entry in shards)
         return CommittedCheckpoint(
-            step, self.folder.uri(step_name(step)), time_string(created), total, digest
+            step, self.folder.uri(step_name(step)), time_string(created), total, digest, self.verify
         )
 
     def _check_shards(self, step: int, shards: Iterable[ShardEntry]) -> None:
@@ -273,7 +279,7 @@ def _saving(step: int) -> Iterator[None]:
     through."""
     try:
         yield
-    except (WriteFailed, StorageUnavailable, UserError) as error:
+    except (WriteFailed, StorageUnavailable, UserError, BadCheckpoint) as error:
         raise SaveFailed(f"checkpoint {step_name(step)} could not be saved: {error}") from error
 
 

@@ -22,6 +22,9 @@ class CheckpointSpec(Spec):
     """Of each span of so many steps, the first checkpoint is kept for ever."""
     asynchronous: Annotated[bool, Field(alias="async")] = True
     """Training goes on while a checkpoint is written, from a copy in host memory. false: it waits."""
+    verify: bool = False
+    """Each shard is read back from the store before the checkpoint counts: a save moves twice the bytes, beside
+    training. What is damaged is found when it is read in any case."""
     retry_seconds: Annotated[int, Field(ge=1, le=3600)] = 60
     """How long a request to a failing store is tried again before the save fails."""
     max_age_seconds: Annotated[int, Field(ge=60, le=2**31 - 1)] = 21600

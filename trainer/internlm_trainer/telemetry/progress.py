@@ -157,6 +157,7 @@ class Telemetry:
             "time": committed.time,
             "bytes": committed.bytes,
             "digest": committed.digest,
+            "verified": committed.verified,
         }
         self._report["failedSaves"] = 0
         self._report["checkpointStallSeconds"] += stall or 0.0
