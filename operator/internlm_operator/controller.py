@@ -354,6 +354,10 @@ class Controller:
             raise RefusedError(Refusal(409, sentence, kind))
         if isinstance(action, Apply):
             await self._kube.apply(action.object)
+        elif known is not None and JOB_LABEL not in (known["metadata"].get("labels") or {}):
+            await self._kube.delete(kind, namespace, name, known["metadata"]["uid"])
+            sentence = f"Pod {name} lost its label {JOB_LABEL}, by which it is found, and is deleted."
+            raise RefusedError(Refusal(409, sentence, kind))
 
     # Caches
 

@@ -270,6 +270,19 @@ def test_what_the_workers_share_is_made_again_for_the_next_gang(here: Here) -> N
     here.delete("shared")
 
 
+def test_a_worker_whose_labels_somebody_took_is_replaced(here: Here) -> None:
+    pod = here.start("unlabelled", nodes=1)[0]
+    here.core.patch_namespaced_pod(pod, NAMESPACE, {"metadata": {"labels": {objects.JOB_LABEL: None}}})
+
+    def doomed() -> bool:
+        return here.core.read_namespaced_pod(pod, NAMESPACE).metadata.deletion_timestamp is not None
+
+    here.wait(doomed, "its deletion", "unlabelled")
+    here.core.delete_namespaced_pod(pod, NAMESPACE, grace_period_seconds=0)
+    here.wait_gang("unlabelled", 2, nodes=1)
+    here.delete("unlabelled")
+
+
 def test_a_job_of_another_controller_gets_nothing(here: Here) -> None:
     here.create("foreign", managedBy="kueue.x-k8s.io/multikueue")
     here.start("own", nodes=1)  # later, and it runs
