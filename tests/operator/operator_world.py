@@ -155,7 +155,8 @@ class World:
                 assert manifest in shared
                 self.applied = objects.digest(*shared)
             case Create(manifest):
-                self._create(copy.deepcopy(manifest))
+                if self.refused is None:
+                    self._create(copy.deepcopy(manifest))
             case Delete(kind, name, uid, grace):
                 if kind == KIND:
                     self.deleted_job, self.pods = True, {}

@@ -23,12 +23,20 @@ from internlm_operator.plan import Observed
 from internlm_operator.reconcile import reconcile
 from internlm_operator.recovery import CLUSTERS
 from internlm_operator.times import parse_time, stamp
+from internlm_operator.waits import Refusal
 
 REASONS = ("Error", "UserError", "DataError", "Diverged", "Stopped", "StorageUnreachable", "OutOfMemory")
 WORDS = ("why", "Xid 79: GPU has fallen off the bus", "Connection closed by peer", "No space left on device")
 HEALTHS = (NodeHealth(), NodeHealth(ready=False), NodeHealth(fault="taint bad"), GONE)
 DISRUPTIONS = ("EvictionByEvictionAPI", "PreemptionByScheduler", "DeletionByTaintManager")
 TERMINAL = ("Succeeded", "Failed")
+LIMITS: tuple[dict[str, object], ...] = (
+    {},
+    {"activeDeadlineSeconds": 4000},
+    {"startupDeadlineSeconds": 60},
+    {"cleanPodPolicy": "All", "startupDeadlineSeconds": 1},
+)
+REFUSALS = (None, Refusal(403, "exceeded quota"), Refusal(409, "exists", "Service"))
 
 
 class JobLife(RuleBasedStateMachine):
@@ -41,11 +49,19 @@ class JobLife(RuleBasedStateMachine):
         window=st.sampled_from([60, 3600, 86400]),
         ttl=st.sampled_from([None, 0, 300]),
         suspend=st.booleans(),
+        limits=st.sampled_from(LIMITS),
     )
     def create(
-        self, nodes: int, max_restarts: int, max_attempts: int, window: int, ttl: int | None, suspend: bool
+        self,
+        nodes: int,
+        max_restarts: int,
+        max_attempts: int,
+        window: int,
+        ttl: int | None,
+        suspend: bool,
+        limits: dict[str, object],
     ) -> None:
-        extra = {} if ttl is None else {"ttlSecondsAfterFinished": ttl}
+        extra = limits if ttl is None else limits | {"ttlSecondsAfterFinished": ttl}
         recovery = {
             "maxRestarts": max_restarts,
             "maxAttemptsWithoutProgress": max_attempts,
@@ -205,7 +221,16 @@ class JobLife(RuleBasedStateMachine):
         times = {"loadSeconds": seconds, "checkpointStallSeconds": seconds // 2}
         self.world.tell(make_report(attempt, step, startStep=start, checkpoint=found, **times))
 
+    @rule(refusal=st.sampled_from(REFUSALS))
+    def the_server_refuses_pods_or_not(self, refusal: Refusal | None) -> None:
+        self.world.refused = refusal
+
     # The user
+
+    @rule(is_known=st.booleans())
+    def the_description_is_one_of_another_version_or_not(self, is_known: bool) -> None:
+        self.world.job["spec"].pop("optimiser", None)
+        self.world.edit(**({} if is_known else {"optimiser": "adam"}))
 
     @precondition(lambda self: not self.world.job["metadata"].get("deletionTimestamp"))
     @rule(suspend=st.booleans(), nodes=st.none() | st.integers(1, 4))
@@ -324,6 +349,8 @@ class JobLife(RuleBasedStateMachine):
         world = getattr(self, "world", None)
         if world is None or world.deleted_job or world.job["metadata"].get("deletionTimestamp"):
             return
+        world.job["spec"].pop("optimiser", None)
+        world.refused = None
         world.edit(suspend=False)
         for _ in range(60):
             self._calm_round(world)
