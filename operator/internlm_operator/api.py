@@ -155,7 +155,7 @@ class JobSpec(TrainSpec):
     startup_deadline_seconds: Annotated[int, Field(ge=1, le=2**31 - 1)] | None = None
     """Seconds that the workers may take to run once all of them have a node: to pull the image, to mount volumes.
     Then the gang is made anew, which counts as a restart. Default: none."""
-    clean_pod_policy: Literal["Running", "All", "None"] = "Running"
+    clean_pod_policy: Literal["All", "None", "Running"] = "Running"
     """Which pods are removed when the job has finished. `Running`: those that still run, others stay for their
     logs; `All`; `None`: not even those that run, and hold their GPUs, for looking into a failure."""
     ttl_seconds_after_finished: Annotated[int, Field(ge=0, le=2**31 - 1)] | None = None

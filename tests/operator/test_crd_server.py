@@ -354,7 +354,7 @@ def test_kubectl_explain_is_documentation(control_plane: Cluster) -> None:
     assert "ZeRO-1 inside nodes of 8 GPUs is (1, 1, 8); FSDP is (-1, -1, -1)." in zero
     assert "gradients <integer> Ranks that share one copy of the accumulated gradients." in zero
     assert "the reason DeadlineExceeded" in explain("spec.activeDeadlineSeconds")
-    assert "ENUM: Running All None" in explain("spec.cleanPodPolicy")
+    assert "ENUM: All None Running" in explain("spec.cleanPodPolicy")
 
 
 @pytest.mark.usefixtures("server")
