@@ -191,8 +191,13 @@ class Here:
     def reap(self, name: str) -> None:
         """End the pods that are being deleted, as their kubelet would."""
         for pod in self.pods(name).values():
-            if pod.metadata.deletion_timestamp:
+            if not pod.metadata.deletion_timestamp:
+                continue
+            try:
                 self.core.delete_namespaced_pod(pod.metadata.name, NAMESPACE, grace_period_seconds=0)
+            except client.ApiException as error:
+                if error.status != 404:  # gone since it was listed
+                    raise
 
     def wait_reaped(self, name: str, attempt: int) -> None:
         """Reap until no pod of this attempt is left."""

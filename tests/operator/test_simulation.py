@@ -107,6 +107,7 @@ class JobLife(RuleBasedStateMachine):
             if world.deleted_job:
                 return
             plan = world.step()
+            self.restarts_without_progress_stay_within_their_limits()  # a deadline may pass in the next round
             world.reap()
             world.wait(plan.wake_after or 0)
         self.all_workers_start()
