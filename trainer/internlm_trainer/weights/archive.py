@@ -15,6 +15,7 @@ import struct
 import zipfile
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from itertools import accumulate
 from math import prod
 from typing import IO, Any, NamedTuple
@@ -85,7 +86,7 @@ def write_pt(
 
 
 def _write(file: IO[bytes], weights: Weights, tensor: Stored, type: Type, progress: Progress) -> None:
-    for block in _blocks(weights, tensor):
+    for block in _ahead(_blocks(weights, tensor)):
         values = block.to(type.dtype)
         if type.dtype == torch.float16 and not values.isfinite().all():
             raise UserError(f"--dtype fp16: {tensor.name} has numbers above 65504; take bf16 or fp32")
@@ -98,6 +99,15 @@ def _blocks(weights: Weights, tensor: Stored) -> Iterator[Tensor]:
     for part in tensor.slices:
         for block in blocks(weights, part.parameter, *part.rows):
             yield block[:, slice(*part.columns)]
+
+
+def _ahead(blocks: Iterator[Tensor]) -> Iterator[Tensor]:
+    """The same blocks, each read while the one before is written."""
+    with ThreadPoolExecutor(1) as pool:
+        coming = pool.submit(next, blocks, None)
+        while (block := coming.result()) is not None:
+            coming = pool.submit(next, blocks, None)
+            yield block
 
 
 def _add(archive: zipfile.ZipFile, name: str, data: bytes) -> None:

@@ -19,7 +19,7 @@ from internlm_trainer.errors import UserError
 from internlm_trainer.weights.files import DTYPES, TensorAt, read, refusal
 from internlm_trainer.weights.layout import Place, Stored, as_matrix, parameters, places
 
-BLOCK = 8 << 20  # elements in memory at once: 32 MiB in fp32
+BLOCK = 4 << 20  # elements in memory at once: 16 MiB in fp32
 MASTER, TOKENIZER = "master", "tokenizer.model"
 
 
