@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from internlm_trainer.checkpoint import Piece
 from internlm_trainer.checkpoint.tools import open_one
 from internlm_trainer.config import ModelShape
+from internlm_trainer.errors import UserError
 from internlm_trainer.model.internlm import InternLM
 from internlm_trainer.weights import export as exporting
 from internlm_trainer.weights import source
@@ -201,3 +202,17 @@ def test_large_models_are_cut_into_files_with_an_index(tmp_path: Path) -> None:
     assert index["metadata"]["total_size"] == sum(t.nbytes for held in theirs.values() for t in held.values())
     assert_equal(content(open_weights(str(tmp_path / "out"), "SOURCE")), ours)
     assert exporting.LARGEST_FILE == 5_000_000_000
+
+
+def test_every_store_takes_and_gives_weights(tmp_path: Path, url: str) -> None:
+    """An object store's files are written without going back in them, and read in ranges."""
+    shape = SHAPES["InternLM2"]
+    ours = random_weights(shape)
+    weights = CheckpointWeights(open_one(save(str(tmp_path / "checkpoints"), shape, ours)))
+    export_internlm(weights, f"{url}/internlm", "bf16", 2, 1)
+    split = open_weights(f"{url}/internlm", "SOURCE")
+    assert_equal(content(split), ours)
+    export_llama(split, f"{url}/hf", "bf16", None, 64, largest_file=300_000)
+    assert_equal(content(open_weights(f"{url}/hf", "SOURCE")), ours)
+    with pytest.raises(UserError, match="holds weights already"):
+        export_llama(split, f"{url}/hf", "bf16", None, 64)
