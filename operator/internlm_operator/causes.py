@@ -52,6 +52,7 @@ _CLUSTERS = frozenset(
         "ErrImagePull",
         "StartupDeadlineExceeded",
         "DeletionByPodGC",
+        "InPlaceRestartFailed",
         "Shutdown",
     }
 )

@@ -20,7 +20,7 @@ KINDS = tuple(name for name in Goodput.model_fields if name.endswith("_seconds")
 _RUNNING = ("rendezvous_seconds", "productive_seconds", "hung_seconds")
 # What a pod's agent says of processes that do not go on.
 HUNG = "Hung"
-_RESTARTING = ("OldWorkersTerminating", "WaitingToRestart")
+_RESTARTING = ("OldWorkersTerminating", "WaitingToRestart", "RestartingInPlace")
 _SCHEDULING = ("WorkersPending", "Unschedulable")
 # Why there are no pods, or none that may look for a node.
 _QUEUED = (*REFUSED, "SchedulingGated", "InvalidSpec")
