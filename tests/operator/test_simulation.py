@@ -283,7 +283,9 @@ class JobLife(RuleBasedStateMachine):
         assert failure["action"] != "Fail"
         assert (failure["attempt"], failure["class"]) == (attempt["number"], attempt["class"])
         if attempt["class"] != "Preemption" and attempt.get("checkpointStep") is None:
-            self.restarted_at.append(self.world.now.timestamp())
+            ended = parse_time(attempt["endTime"])
+            assert ended is not None
+            self.restarted_at.append(ended.timestamp())
             self.own_failures += attempt["class"] not in CLUSTERS
 
     def _starts(self) -> list[int]:
