@@ -195,12 +195,12 @@ class Jobs:
     # Misfortune
 
     def training_processes(self, name: str, index: int) -> list[int]:
-        """The training processes of a worker, without torchrun's agent."""
+        """The training processes of a worker, without their agent."""
         pids = self.cluster.container_pids(self.namespace, f"{name}-worker-{index}", "trainer")
         found = []
         for pid in pids[1:]:
             arguments = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
-            if b"internlm_trainer.worker" in arguments and b"torch.distributed.run" not in arguments:
+            if b"internlm_trainer.worker" in arguments:
                 found.append(pid)
         return found
 

@@ -15,7 +15,7 @@ from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from operator_world import SETTINGS, START, World, make_report, message
 
-from internlm_operator import failures, objects
+from internlm_operator import failures, inplace, objects
 from internlm_operator.api import ExcludedNode, Goodput
 from internlm_operator.goodput import KINDS, total
 from internlm_operator.nodes import GONE, NodeHealth
@@ -146,6 +146,25 @@ class JobLife(RuleBasedStateMachine):
         name = self._pick(choice)
         if name and failures.is_running(self.world.pods[name]):
             self.world.end(failures.index_of(self.world.pods[name]), code, "Segmentation fault")
+
+    def _attempt_of(self, index: int) -> int:
+        """The attempt whose processes a worker's agent runs, as the job channel tells it."""
+        gang = int(self.world.attempt_of(index))
+        return inplace.attempt_of_pods(self.world.status, gang) or gang
+
+    @rule()
+    def all_agents_report(self) -> None:
+        for pod in self.world.pods.values():
+            if failures.is_running(pod):
+                index = failures.index_of(pod)
+                self.world.agents_tell(self._attempt_of(index), index)
+
+    @rule(choice=st.integers(0, 9), reason=st.sampled_from(REASONS), text=st.sampled_from(WORDS))
+    def processes_end_and_the_pod_stays(self, choice: int, reason: str, text: str) -> None:
+        name = self._pick(choice)
+        if name and failures.is_running(self.world.pods[name]):
+            index = failures.index_of(self.world.pods[name])
+            self.world.agents_tell(self._attempt_of(index), index, ended=(1, message(reason, text)))
 
     @rule()
     def all_running_workers_complete(self) -> None:

@@ -166,7 +166,7 @@ class Agent:
                 if end is None and self._link.attempt > attempt:
                     ranks.end(CRASH_SECONDS)
                     return None
-                return end or self._end(ranks, killed_before)
+                return end or self._end(ranks, attempt, killed_before)
             finally:
                 ranks.end(0.0)
 
@@ -195,13 +195,18 @@ class Agent:
             return self._hung(ranks, attempt, late, beat, found[beat.rank])
         return None
 
-    def _end(self, ranks: Ranks, killed_before: int) -> End:
+    def _end(self, ranks: Ranks, attempt: int, killed_before: int) -> End:
         """End what is left when a process has failed, all are done, or the pod is to stop."""
-        first = _failed(ranks)
+        first, end = _failed(ranks), None
+        if first and not self._stopping:
+            end = _typed(ranks, first, evidence.out_of_memory_kills() > killed_before)
+            self._link.tell(attempt, end)  # before those of other pods tell that they lost their peer
         # Who is told to stop, by the pod or by a signal of its own, saves with the others.
-        saves = self._stopping or first is None or first.code == EXIT_STOPPED
+        saves = first is None or first.code == EXIT_STOPPED or self._stopping
         ranks.end(_stop_seconds() if saves else CRASH_SECONDS)
-        first = first or _failed(ranks)
+        if end:
+            return end
+        first = _failed(ranks)
         if first is None:
             return End(0, _read(ranks.message_file))
         if self._stopping and not ranks.message_file.exists():
