@@ -114,7 +114,7 @@ class Telemetry:
             "loss": _finite(values["loss"]),
             "tokensPerSecond": round(speed, 1),
             "tokensPerGpuPerSecond": round(values["tgs"], 1),
-            "tflopsPerGpu": round(values["tflops"], 3),
+            "tflopsPerGpu": float(f"{values['tflops']:.4g}"),
             "etaSeconds": round(eta) if eta is not None else None,
         }
         self._send()
