@@ -62,7 +62,7 @@ def helm() -> str:
 def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
     """Build what a test runs before its time starts to count: on a new machine that takes longer than a test may."""
     used = set(getattr(item, "fixturenames", ()))
-    if hasattr(item, "callspec") and "s3" in item.callspec.params.values():
+    if hasattr(item, "callspec") and "s3" in map(str, item.callspec.params.values()):
         used.add("minio_server")  # the fixture of that parameter asks for it
     capture = item.config.pluginmanager.getplugin("capturemanager")
     with capture.global_and_fixture_disabled() if capture else nullcontext():
