@@ -151,7 +151,7 @@ def file(tmp_path: Path) -> Path:
 
 
 def test_the_command_prints_a_table_that_marks_the_one_to_take(file: Path) -> None:
-    result = CliRunner(env={"COLUMNS": "160"}).invoke(app, ["plan", str(file), "--memory", "80GiB"])
+    result = CliRunner(env={"COLUMNS": "40"}).invoke(app, ["plan", str(file), "--memory", "80GiB"])
     assert result.exit_code == 0, result.output
     (taken,) = [line for line in result.output.splitlines() if "take this" in line]
     assert taken.split()[:4] == ["*", "1,", "1,", "16"]

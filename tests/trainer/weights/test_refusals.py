@@ -213,7 +213,7 @@ REFUSALS: dict[str, tuple[str, Callable[[Path], None], str]] = {
 
 
 def export(*arguments: object) -> Result:
-    return CliRunner().invoke(app, ["export", *map(str, arguments)], env={"COLUMNS": "400"})
+    return CliRunner().invoke(app, ["export", *map(str, arguments)])
 
 
 @pytest.mark.parametrize(("source", "spoil", "sentence"), REFUSALS.values(), ids=REFUSALS)
@@ -344,7 +344,7 @@ def test_a_killed_export_looks_like_none_and_can_be_made_again(
 
 
 def test_models_lists_every_release() -> None:
-    shown = CliRunner().invoke(app, ["models"], env={"COLUMNS": "80"})
+    shown = CliRunner().invoke(app, ["models"], env={"COLUMNS": "40"})
     assert shown.exit_code == 0
     for release in RELEASES:
         [line] = [line for line in shown.output.splitlines() if line.split("  ")[0].strip() == release.name]

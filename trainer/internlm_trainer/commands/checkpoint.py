@@ -10,7 +10,7 @@ import typer
 from rich.filesize import decimal
 from rich.table import Table
 
-from internlm_trainer.commands.common import bar, out, print_json, sentences, store_errors
+from internlm_trainer.commands.common import bar, print_json, sentences, show, store_errors
 from internlm_trainer.errors import UserError
 
 if TYPE_CHECKING:
@@ -59,9 +59,9 @@ def ls(uri: Uri, as_json: Json = False) -> None:
             row["problem"] or "complete",
         )
         table.add_row(*("" if cell is None else str(cell) for cell in cells))
-    out.print(table)
+    show(table)
     if owner and not owner.released:
-        out.print(f"claimed by {owner.who}", highlight=False)
+        typer.echo(f"claimed by {owner.who}")
 
 
 def _row(step: int, checkpoint: Checkpoint | None, problem: str) -> dict[str, Any]:
@@ -100,7 +100,7 @@ def verify(uri: Uri, as_json: Json = False) -> None:
                         problem = error.why
             results.append({"step": step, "problem": problem})
             if not as_json:
-                out.print(f"step {step}: {problem or 'whole'}", highlight=False, soft_wrap=True)
+                typer.echo(f"step {step}: {problem or 'whole'}")
     if not results:
         raise UserError(f"{uri} holds no checkpoint")
     if as_json:
@@ -134,8 +134,8 @@ def diff(
         for row in found:
             numbers = (f"{row.differ:,} of {row.elements:,}", f"{row.largest:.3e}", f"{row.relative:.3e}")
             table.add_row(row.parameter, row.kind, *(numbers if row.elements else (row.what, "", "")))
-        out.print(table)
+        show(table)
     else:
-        out.print("no difference")
+        typer.echo("no difference")
     if found:
         raise typer.Exit(EXIT_DIFFERENT)

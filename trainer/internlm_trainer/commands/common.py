@@ -12,11 +12,11 @@ from typing import Any
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.table import Table
 
 from internlm_operator.manifest import JobError, load_manifests
 from internlm_trainer.errors import EXIT_USER_ERROR, UserError
 
-out = Console()
 EXIT_STORE = 75  # sysexits.h: try again later
 
 
@@ -64,6 +64,12 @@ def bar(what: str, total: int) -> Iterator[Callable[[int], None]]:
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bars:
         task = bars.add_task(what, total=total)
         yield lambda done: bars.advance(task, done)
+
+
+def show(table: Table) -> None:
+    """Print a table whose cells are whole however narrow the terminal: a number cut short is a wrong one."""
+    whole = Console(width=10_000).measure(table).maximum
+    Console(width=max(Console().width, whole), markup=False).print(table)
 
 
 def print_json(content: object) -> None:

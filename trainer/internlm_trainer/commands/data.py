@@ -8,10 +8,9 @@ from enum import StrEnum
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.markup import escape
 from rich.table import Table
 
-from internlm_trainer.commands.common import out, sentences, store_errors
+from internlm_trainer.commands.common import sentences, show, store_errors
 from internlm_trainer.errors import EXIT_USER_ERROR, UserError
 
 if TYPE_CHECKING:
@@ -115,18 +114,16 @@ def _show(found: Inspection, tokenizer: Tokenizer | None) -> None:
     for group in found.groups:
         mean = group.tokens / max(group.samples, 1)
         numbers = (group.files, group.samples, group.tokens, group.bytes, group.shortest, mean, group.longest)
-        table.add_row(escape(group.name), *(f"{number:,.0f}" for number in numbers))
-    out.print(table)
-    out.print(f"{found.tokens:,} tokens in {found.samples:,} samples; {found.checked:,} lines checked")
+        table.add_row(group.name, *(f"{number:,.0f}" for number in numbers))
+    show(table)
+    typer.echo(f"{found.tokens:,} tokens in {found.samples:,} samples; {found.checked:,} lines checked")
     most = max(found.histogram, default=0)
     for power, count in enumerate(found.histogram):
         bar = "\u2588" * -(-count * _BAR // most)
-        out.print(f"{2**power:>10,} tokens and more {bar} {count:,}", highlight=False)
+        typer.echo(f"{2**power:>10,} tokens and more {bar} {count:,}")
     for place, ids in found.examples:
         text = repr(tokenizer.decode(abs(ids).tolist())) if tokenizer else str(ids.tolist())
-        out.print(
-            f"[bold]{escape(place)}[/bold] ({len(ids):,} tokens): {escape(text[:500])}", highlight=False
-        )
+        typer.echo(f"{typer.style(place, bold=True)} ({len(ids):,} tokens): {text[:500]}")
 
 
 def _manifest(url: str) -> Manifest:
@@ -170,6 +167,6 @@ def ledger(
         at = "" if entry.row is None else f"{entry.row:,} of {entry.rows_of_epoch:,}"
         epoch = "" if entry.epoch is None else str(entry.epoch)
         numbers = (f"{entry.rows:,}", f"{entry.tokens:,}", f"{entry.skipped_rows:,}")
-        table.add_row(escape(entry.path), f"{entry.weight:g}", *numbers, epoch, at)
-    out.print(f"after step {manifest.step:,} of job {manifest.job}:")
-    out.print(table)
+        table.add_row(entry.path, f"{entry.weight:g}", *numbers, epoch, at)
+    typer.echo(f"after step {manifest.step:,} of job {manifest.job}:")
+    show(table)

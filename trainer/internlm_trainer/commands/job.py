@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.console import Console
 from rich.table import Table
 
 from internlm_operator.manifest import Job, JobError, load_manifests, parse_job
-from internlm_trainer.commands.common import only_job, out, sentences
+from internlm_trainer.commands.common import only_job, sentences
 from internlm_trainer.commands.convert import SaveFolder, Tokenizer, TrainFolder, manifest_of_config
 from internlm_trainer.errors import EXIT_USER_ERROR, UserError
 
@@ -82,7 +83,7 @@ def env() -> None:
     table = Table("what", "found", "use", box=None, header_style="bold")
     for finding in machine.find():
         table.add_row(*finding)
-    out.print(table)
+    Console().print(table)
 
 
 def _summary(job: Job) -> str:

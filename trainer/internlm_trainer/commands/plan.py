@@ -10,7 +10,7 @@ import typer
 from rich.table import Table
 
 from internlm_operator.manifest import parse_spec
-from internlm_trainer.commands.common import only_job, out, sentences
+from internlm_trainer.commands.common import only_job, sentences, show
 from internlm_trainer.commands.job import File
 from internlm_trainer.errors import UserError
 from internlm_trainer.plan.choose import Option, Plan, make_plan
@@ -45,8 +45,8 @@ def plan(
     if as_json:
         typer.echo(json.dumps(_plain(found), indent=1))
         return
-    out.print(_table(found, found.options if all_ else found.shortlist))
-    out.print(
+    show(_table(found, found.options if all_ else found.shortlist))
+    typer.echo(
         f"{world_size} ranks, {node} a node, {_gib(found.device_memory)} GiB each. Take {found.reason}."
     )
 

@@ -9,10 +9,9 @@ from enum import StrEnum
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
-from internlm_trainer.commands.common import bar, out, print_json, sentences, store_errors
+from internlm_trainer.commands.common import bar, print_json, sentences, show, store_errors
 from internlm_trainer.errors import UserError
 
 if TYPE_CHECKING:
@@ -99,7 +98,7 @@ def export(
     if as_json:
         print_json({"source": weights.url, "format": format.value, "dtype": dtype.value, "files": files})
     else:
-        out.print(f"{weights.url}: {', '.join(files)} in {to}", highlight=False, soft_wrap=True)
+        typer.echo(f"{weights.url}: {', '.join(files)} in {to}")
 
 
 def _tokenizer(weights: Weights, asked: str | None) -> Tokenizer | None:
@@ -214,15 +213,11 @@ def models() -> None:
     from internlm_trainer.weights.zoo import LICENSES, RELEASES, parameter_count
 
     table = Table("release", "size", "context", "preset", "where", "license", box=None, header_style="bold")
-    for column in table.columns:
-        column.no_wrap = True
     for one in RELEASES:
         size = f"{parameter_count(one.preset) / 1e9:.2f} B"
         table.add_row(one.name, size, f"{one.context:,}", one.preset, one.where, one.license)
-    # A URL cut to the terminal's width would be of no use.
-    Console(width=max(out.width, 110)).print(table)
-    out.print(
+    show(table)
+    typer.echo(
         "All are in Hugging Face's format. model.init.from and internlm export read hf:// with huggingface_hub "
-        f"installed, or any folder or bucket that they were copied to. {LICENSES}",
-        highlight=False,
+        f"installed, or any folder or bucket that they were copied to. {LICENSES}"
     )
