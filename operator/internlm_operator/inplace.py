@@ -74,8 +74,12 @@ def as_reported(pod: Pod, attempt: Attempt, agents: Agents) -> Pod:
         "message": ended.message,
         "finishedAt": stamp(known.since),
     }
-    state = {"name": CONTAINER, "state": {"terminated": terminated}}
-    return {**pod, "status": {**pod["status"], "containerStatuses": [state]}}
+    # The rest stays: sidecars, and what the kubelet says of the trainer's devices.
+    statuses = [
+        {**status, "state": {"terminated": terminated}} if status["name"] == CONTAINER else status
+        for status in pod["status"]["containerStatuses"]
+    ]
+    return {**pod, "status": {**pod["status"], "containerStatuses": statuses}}
 
 
 def possible(attempt: Attempt, gang: list[Pod], nodes: int, agents: Agents) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from datetime import timedelta
 
+import pytest
 from operator_world import World, make_report, message
 
 from internlm_operator.inplace import READY_SECONDS
@@ -49,6 +50,37 @@ def test_where_processes_end_and_all_pods_stay_the_next_attempt_uses_the_same_po
     world.complete(0, 1)
     world.settle()
     assert world.phase == "Succeeded"
+
+
+@pytest.mark.parametrize(
+    ("health", "class_", "action"),
+    [
+        ("Unhealthy", "Hardware", "GangRestartAvoidingNode"),
+        ("Healthy", "Unknown", "InPlaceRestart"),
+        ("Unknown", "Unknown", "InPlaceRestart"),
+    ],
+)
+@pytest.mark.parametrize("in_place", [False, True])
+def test_a_device_that_kubernetes_calls_unhealthy_is_to_blame_though_the_pods_stay(
+    health: str, class_: str, action: str, in_place: bool
+) -> None:
+    world, attempt = started(), 1
+    if in_place:
+        world.agents_tell(1, 0, ended=(70, HUNG))
+        world.settle()
+        attempt = 2
+        world.agents_tell(2, 0, 1)
+        world.tell(make_report(2, step=160, startStep=120))
+        world.settle()
+    trainer = world.pod(1)["status"]["containerStatuses"][0]
+    resources = [{"resourceID": "GPU-9", "health": health}]
+    trainer["allocatedResourcesStatus"] = [{"name": "nvidia.com/gpu", "resources": resources}]
+    world.pod(1)["status"]["containerStatuses"].insert(0, {"name": "sidecar", "state": {"running": {}}})
+    world.agents_tell(attempt, 1, ended=(1, message("Error", "rank 3: RuntimeError: CUDA error")))
+    world.settle()
+    failure = world.status["lastFailure"]
+    assert (failure["attempt"], failure["class"], failure["action"]) == (attempt, class_, action)
+    assert ("nvidia.com/gpu GPU-9: Unhealthy" in failure["evidence"]) == (class_ == "Hardware")
 
 
 def test_agents_that_do_not_start_again_in_time_have_their_gang_made_anew() -> None:
