@@ -236,6 +236,10 @@ class Progress(StatusPart):
     """Speed of one process (TGS)."""
     tflops_per_gpu: float | None = None
     """Model TFLOPS of one process: attention counted full, recomputation not at all."""
+    straggler_rank: int | None = None
+    """The rank that stays slower than the others, and for which all wait; none where they are even."""
+    straggler_score: float | None = None
+    """How many times as long as the median rank it computes, at least 1.2."""
     eta_seconds: int | None = None
     """Seconds that the rest will take at this speed."""
     eta: str = ""

@@ -50,7 +50,7 @@ COLUMNS = (
     ("Nodes", "integer", ".spec.nodes", True),
     ("Ready", "integer", ".status.workers.ready", True),
     ("Layout", "string", ".status.layout", True),
-    ("Last failure", "string", ".status.lastFailure.reason", True),
+    ("Last failure", "string", ".status.lastFailure.class", True),
     ("Age", "date", ".metadata.creationTimestamp", False),
 )
 

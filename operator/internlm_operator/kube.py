@@ -1,24 +1,6 @@
 """The few calls of the Kubernetes API that the operator makes; objects are dicts, as the API gives them.
 
-The rights that they need, and no others:
-
-| API group             | resources            | verbs                            | where            |
-|-----------------------|----------------------|----------------------------------|------------------|
-| training.internlm.io  | internlmjobs         | get, list, watch, delete         | jobs' namespaces |
-| training.internlm.io  | internlmjobs/status  | patch                            | jobs' namespaces |
-| training.internlm.io  | internlmjobs/finalizers | update                        | jobs' namespaces |
-| (core)                | pods                 | get, list, watch, create, delete | jobs' namespaces |
-| (core)                | services, configmaps | create, patch                    | jobs' namespaces |
-| (core)                | events               | create                           | jobs' namespaces |
-| networking.k8s.io     | networkpolicies      | create, patch                    | jobs' namespaces |
-| policy                | poddisruptionbudgets | create, patch                    | jobs' namespaces |
-| (core)                | nodes                | list, watch                      | cluster          |
-| authentication.k8s.io | tokenreviews         | create                           | cluster          |
-| (core)                | secrets              | create, get, update (by name)    | the operator's   |
-| coordination.k8s.io   | leases               | create, get, update (by name)    | the operator's   |
-
-`update` on internlmjobs/finalizers is never asked for: the admission plugin OwnerReferencesPermissionEnforcement
-looks for the right, since the operator sets blockOwnerDeletion.
+The rights that they need are those of the chart (`templates/rbac.yaml`): a test compares the two both ways.
 """
 
 from __future__ import annotations

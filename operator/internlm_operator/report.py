@@ -91,6 +91,10 @@ class Report(Message):
     """Speed of one process."""
     tflops_per_gpu: Annotated[FiniteFloat, Field(ge=0)] | None = None
     """Model TFLOPS of one process."""
+    straggler_rank: Annotated[int, Field(ge=0, le=2**24)] | None = None
+    """The rank that stays slower than the others, and for which all wait."""
+    straggler_score: Annotated[FiniteFloat, Field(ge=1)] | None = None
+    """How many times as long as the median rank it computes."""
     load_seconds: _Seconds = 0
     """Seconds from this attempt's rendezvous to its first step."""
     checkpoint_stall_seconds: _Seconds = 0

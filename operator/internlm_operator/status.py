@@ -110,8 +110,10 @@ def take_report(status: JobStatus, report: Report, time: datetime) -> None:
         tokens_per_second=_rounded(report.tokens_per_second),
         tokens_per_gpu_per_second=_rounded(report.tokens_per_gpu_per_second),
         tflops_per_gpu=_rounded(report.tflops_per_gpu),
+        straggler_rank=report.straggler_rank,
+        straggler_score=_rounded(report.straggler_score),
         eta_seconds=report.eta_seconds,
-        eta=duration(report.eta_seconds) if report.eta_seconds is not None else "",
+        eta=duration(report.eta_seconds),
         last_report_time=stamp(time),
     )
     status.progress_text = f"{report.step}/{report.total_steps}"

@@ -27,9 +27,11 @@ def seconds_since(text: object, now: datetime) -> float | None:
     return None if time is None else (now - time).total_seconds()
 
 
-def duration(seconds: float) -> str:
-    """Two units, as kubectl prints ages: `3d20h`, `5h7m`, `4m30s`, `12s`."""
-    rest = round(seconds)
+def duration(seconds: float | None) -> str:
+    """Two units, as kubectl prints ages: `3d20h`, `5h7m`, `4m30s`, `12s`; `0s` below zero, empty for None."""
+    if seconds is None:
+        return ""
+    rest = max(0, int(seconds))
     days, rest = divmod(rest, 86400)
     hours, rest = divmod(rest, 3600)
     minutes, rest = divmod(rest, 60)

@@ -213,12 +213,12 @@ def rights(installed: Cluster, helm: str) -> Iterator[Any]:
         installed.kubectl("delete", "--filename=-", "--ignore-not-found", input=manifest)
 
 
-def may(cluster: Cluster, what: str, namespace: str) -> bool:
-    """Whether the operator may do it: `verb resource [name]`."""
+def may(cluster: Cluster, what: str, namespace: str, who: str = ACCOUNT) -> bool:
+    """Whether somebody may do it: `verb resource [name]`."""
     verb, resource, *name = what.split()
     subresource = resource.partition("/")[2]
     target = resource.partition("/")[0] + (f"/{name[0]}" if name else "")
-    arguments = ["auth", "can-i", verb, target, f"--as={ACCOUNT}", f"--namespace={namespace}"]
+    arguments = ["auth", "can-i", verb, target, f"--as={who}", f"--namespace={namespace}"]
     if subresource:
         arguments.append(f"--subresource={subresource}")
     return cluster.kubectl(*arguments, check=False).strip() == "yes"
@@ -268,6 +268,31 @@ def test_its_rights_end_at_the_namespaces_that_it_watches(rights: Any) -> None:
         assert not may(cluster, what, "chart-test-b"), what
         assert not may(cluster, what, NAMESPACE), what
     assert may(cluster, "create tokenreviews.authentication.k8s.io", "")
+
+
+@pytest.mark.cluster
+def test_who_may_edit_or_view_a_namespace_may_do_so_with_its_jobs(rights: Any) -> None:
+    cluster = rights()
+    for role in ("edit", "view"):
+        cluster.kubectl(
+            "create",
+            "rolebinding",
+            role,
+            f"--clusterrole={role}",
+            f"--user={role}",
+            "--namespace=chart-test-a",
+        )
+    wait_until(
+        lambda: may(cluster, "get internlmjobs", "chart-test-a", "view"), "the aggregation of the roles", 30
+    )
+    for what in ("get internlmjobs", "watch internlmjobs", "get internlmjobs/scale"):
+        assert may(cluster, what, "chart-test-a", "view"), what
+        assert may(cluster, what, "chart-test-a", "edit"), what
+        assert not may(cluster, what, "chart-test-b", "view"), what
+    for what in ("create internlmjobs", "patch internlmjobs", "patch internlmjobs/scale"):
+        assert may(cluster, what, "chart-test-a", "edit"), what
+        assert not may(cluster, what, "chart-test-a", "view"), what
+    assert not may(cluster, "patch internlmjobs/status", "chart-test-a", "edit")
 
 
 @pytest.mark.cluster

@@ -7,7 +7,6 @@ import tarfile
 from datetime import UTC, datetime
 from typing import Any
 
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from operator_world import make_job
@@ -52,14 +51,6 @@ def drawn(what: RenderableType, width: int = 200) -> str:
     console.print(what)
     assert isinstance(console.file, io.StringIO)
     return console.file.getvalue()
-
-
-@pytest.mark.parametrize(
-    ("seconds", "text"),
-    [(None, ""), (-3, "0s"), (59, "59s"), (60, "1m"), (150, "2m30s"), (12000, "3h20m"), (190800, "2d5h")],
-)
-def test_durations_read_as_kubectl_writes_them(seconds: float | None, text: str) -> None:
-    assert views.duration(seconds) == text
 
 
 def test_the_table_has_what_one_wants_to_know_of_a_running_job() -> None:
@@ -121,6 +112,12 @@ def test_a_description_tells_the_failure_the_attempts_and_where_the_time_went() 
     assert (bar.count("."), bar.count("#"), bar.count("=")) == (5, 50, 5)
     assert len(bar.rstrip()) == views.BAR_WIDTH
     assert "83.3%" in text
+
+
+def test_a_straggler_is_told() -> None:
+    progress = STATUS["progress"] | {"stragglerRank": 3, "stragglerScore": 1.4142}
+    text = " ".join(drawn(views.description(job(progress=progress), [], NOW)).split())
+    assert "straggler rank 3 computes 1.41 times as long as the median rank" in text
 
 
 def test_a_status_of_an_older_operator_is_drawn_too() -> None:

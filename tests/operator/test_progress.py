@@ -40,6 +40,19 @@ def test_a_report_becomes_progress_and_checkpoint() -> None:
     assert world.status["attempts"][-1]["endStep"] == 120
 
 
+def test_a_straggler_is_in_the_status_while_it_is_reported() -> None:
+    world = World()
+    world.start()
+    world.tell(make_report(step=120, stragglerRank=3, stragglerScore=1.41421356))
+    world.settle()
+    progress = world.status["progress"]
+    assert (progress["stragglerRank"], progress["stragglerScore"]) == (3, 1.4142)
+    world.wait(10)
+    world.tell(make_report(step=130, stragglerRank=None, stragglerScore=None))
+    world.settle()
+    assert not {"stragglerRank", "stragglerScore"} & world.status["progress"].keys()
+
+
 def test_the_status_holds_no_more_digits_than_a_person_reads() -> None:
     world = World()
     world.start()

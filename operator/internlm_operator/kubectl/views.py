@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from internlm_operator.objects import Object
-from internlm_operator.times import parse_time, seconds_since
+from internlm_operator.times import duration, parse_time, seconds_since
 
 PHASE_STYLES = {
     "Running": "green",
@@ -40,23 +40,6 @@ GOODPUT_SIGNS = dict(zip(GOODPUT_STYLES, ".:-~+#=%!*_", strict=True))
 BAR_WIDTH = 60
 TIMELINE_WIDTH = 32
 EVENTS = 8
-DAY, HOUR, MINUTE = 86400, 3600, 60
-
-
-def duration(seconds: float | None) -> str:
-    """`45s`, `12m30s`, `3h20m`, `2d5h`; empty for None."""
-    if seconds is None:
-        return ""
-    seconds = max(0, int(seconds))
-    for unit, name, small, small_name in (
-        (DAY, "d", HOUR, "h"),
-        (HOUR, "h", MINUTE, "m"),
-        (MINUTE, "m", 1, "s"),
-    ):
-        if seconds >= unit:
-            rest = seconds % unit // small
-            return f"{seconds // unit}{name}" + (f"{rest}{small_name}" if rest else "")
-    return f"{seconds}s"
 
 
 def quantity(number: float | None) -> str:
@@ -278,6 +261,9 @@ def _facts(status: Object, now: datetime) -> Table:
         said = f"reported {reported} ago" if reported else ""
         eta = f"ETA {duration(progress['etaSeconds'])}" if progress.get("etaSeconds") is not None else ""
         table.add_row("progress", ", ".join(filter(None, (loss, speed, eta, said))))
+        if (rank := progress.get("stragglerRank")) is not None:
+            times = f"{progress.get('stragglerScore', 0):.2f} times as long as the median rank"
+            table.add_row("straggler", f"rank {rank} computes {times}")
     if checkpoint:
         age = duration(seconds_since(checkpoint.get("time"), now))
         size = f"{quantity(checkpoint['bytes'])}B, " if checkpoint.get("bytes") else ""

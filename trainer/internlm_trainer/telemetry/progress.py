@@ -95,12 +95,15 @@ class Telemetry:
 
     def compared(self, found: Slowest | None) -> None:
         """The ranks' computing times since the last time are known."""
-        if self._stragglers.lasting(found) and found:
+        straggler, known = self._stragglers.look(found), self._report.get("stragglerRank")
+        rank, score = (straggler.rank, round(straggler.score, 3)) if straggler else (None, None)
+        self._report |= {"stragglerRank": rank, "stragglerScore": score}
+        if rank is not None and rank != known:  # once for each time that it becomes one
             log.warning(
                 "rank %d is a straggler: it computes %.2f times as long as the median rank, and all wait for it",
-                found.rank,
-                found.score,
-                extra={"fields": {"straggler_rank": found.rank, "straggler_score": round(found.score, 3)}},
+                rank,
+                score,
+                extra={"fields": {"straggler_rank": rank, "straggler_score": score}},
             )
 
     def measured(self, values: Values) -> None:

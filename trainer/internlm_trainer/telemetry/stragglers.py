@@ -34,9 +34,9 @@ class Stragglers:
     def __init__(self) -> None:
         self._rank, self._count = -1, 0
 
-    def lasting(self, found: Slowest | None) -> bool:
-        """Whether this measurement makes the rank a straggler; True once for each time that it becomes one."""
+    def look(self, found: Slowest | None) -> Slowest | None:
+        """The straggler after this measurement, if there is one."""
         rank = found.rank if found and found.score >= SLOW else -1
         self._count = self._count + 1 if rank == self._rank else 1
         self._rank = rank
-        return rank >= 0 and self._count == LASTING
+        return found if rank >= 0 and self._count >= LASTING else None
