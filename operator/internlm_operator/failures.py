@@ -297,5 +297,5 @@ def _reason(text: str) -> str:
 
 
 def _shorten(message: object) -> str:
-    text = " ".join(str(message or "").split())
+    text = " ".join(str(message or "").encode(errors="replace").decode().split())  # JSON may hold half a pair
     return text if len(text) <= MAX_MESSAGE else text[: MAX_MESSAGE - 3] + "..."

@@ -18,7 +18,7 @@ from operator_process import NAMESPACE, Here
 from operator_world import make_report
 
 from cluster import binaries
-from internlm_operator import api, channel, objects
+from internlm_operator import api, channel, kubeflow, objects
 
 pytestmark = pytest.mark.cluster
 
@@ -117,12 +117,18 @@ def test_rubbish_from_a_pod_with_a_good_token_is_refused_and_too_much_of_it_too(
     token = here.token(pod, objects.audience(NAMESPACE, "fuzz"))
     random.seed(7)
     good = make_report(step=1).model_dump_json(by_alias=True).encode()
+    metrics = [{"name": "loss", "value": "2.5"}, {"name": "current_step", "value": "1"}]
+    kubeflows = json.dumps({"trainerStatus": {"progressPercentage": 1, "metrics": metrics}}).encode()
+    bodies = {
+        objects.report_path(NAMESPACE, "fuzz"): good,
+        kubeflow.status_path(NAMESPACE, "fuzz"): kubeflows,
+    }
     codes: dict[int, int] = {}
-    for _ in range(int(channel.POD_BURST) + 100):
-        body = bytearray(good)
+    for path in [*bodies] * (int(channel.POD_BURST + 100) // 2):
+        body = bytearray(bodies[path])
         for _ in range(random.randrange(1, 20)):
             body[random.randrange(len(body))] = random.randrange(256)
-        code, answer = here.send("fuzz", bytes(body), token)
+        code, answer = here.send("fuzz", bytes(body), token, path=path)
         assert code == 200 or answer["message"]
         codes[code] = codes.get(code, 0) + 1
     assert codes.keys() <= {200, 400, 409, 429}, codes

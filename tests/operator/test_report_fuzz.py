@@ -14,7 +14,8 @@ from operator_world import World, make_report
 from internlm_operator import channel, kubeflow
 from internlm_operator.api import JobStatus
 from internlm_operator.channel import RefusedError
-from internlm_operator.report import Report
+from internlm_operator.inplace import Agent
+from internlm_operator.report import AgentReport, Report
 from internlm_operator.status import dump_status, parse_status
 
 MAX_STATUS_BYTES = 16 * 1024
@@ -57,6 +58,15 @@ trainer = st.fixed_dictionaries(
         "lastUpdatedTime": values,
     },
 )
+said = st.one_of(values, st.just("half a pair: \ud83d"))
+words = st.fixed_dictionaries(
+    {"reason": st.one_of(said, st.just("Hung"))},
+    optional={"message": said, "evidence": said, "rank": values, "step": values},
+)
+ends = st.fixed_dictionaries(
+    {"exitCode": st.one_of(values, st.integers(0, 255))},
+    optional={"message": st.one_of(values, words.map(json.dumps))},
+)
 RUNNING = World()
 RUNNING.start()
 
@@ -65,8 +75,12 @@ def check_status_with(report: Report) -> None:
     world = copy.deepcopy(RUNNING)
     world.tell(report)
     world.step()
-    text = json.dumps(world.status, allow_nan=False)
-    assert len(text) < MAX_STATUS_BYTES
+    check_status_of(world)
+
+
+def check_status_of(world: World) -> None:
+    text = json.dumps(world.status, allow_nan=False, ensure_ascii=False)
+    assert len(text.encode()) < MAX_STATUS_BYTES
     assert dump_status(parse_status(json.loads(text))) == world.status
     JobStatus.model_validate(json.loads(text))
     for number in _integers(world.status):
@@ -104,15 +118,29 @@ def test_any_report_is_refused_or_leaves_a_small_and_valid_status(changed: dict[
 @given(st.one_of(values, st.fixed_dictionaries({"trainerStatus": trainer})))
 def test_so_is_any_status_in_kubeflows_words(content: Any) -> None:
     status = parse(kubeflow.ProgressStatus, json.dumps(content).encode())
-    report = kubeflow.to_report(status, 1, None) if status is not None else None
+    for last in (None, make_report(step=2**53, totalSteps=2**53, tokens=0)):
+        report = kubeflow.to_report(status, 1, last) if status is not None else None
+        if report is not None:
+            check_status_with(report)
+
+
+@settings(max_examples=80, deadline=None)
+@given(st.one_of(values, ends))
+def test_so_is_whatever_an_agent_says_of_its_processes_end(ended: Any) -> None:
+    content = {"worker": 0, "gang": 1, "attempt": 1, "ended": ended}
+    report = parse(AgentReport, json.dumps(content).encode())
     if report is not None:
-        check_status_with(report)
+        world = copy.deepcopy(RUNNING)
+        world.agents[0] = Agent(report, world.now)
+        world.wait(10)
+        world.settle()
+        check_status_of(world)
 
 
 @settings(max_examples=100, deadline=None)
 @given(st.binary(max_size=200))
 def test_bytes_that_are_no_json_are_refused(body: bytes) -> None:
-    for model in (Report, kubeflow.ProgressStatus):
+    for model in (Report, AgentReport, kubeflow.ProgressStatus):
         parse(model, body)
 
 
@@ -120,4 +148,5 @@ def test_bytes_that_are_no_json_are_refused(body: bytes) -> None:
     "body", [b"[" * 60_000, b'{"checkpoint":' * 4_000, b'{"step":' + b"9" * 60_000 + b"}"]
 )
 def test_deep_and_long_json_is_refused(body: bytes) -> None:
-    assert parse(Report, body) is None
+    for model in (Report, AgentReport, kubeflow.ProgressStatus):
+        assert parse(model, body) is None
