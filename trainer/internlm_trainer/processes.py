@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 from internlm_trainer.checkpoint import StorageUnavailable
-from internlm_trainer.errors import UserError
+from internlm_trainer.errors import DataError, UserError
 from internlm_trainer.storage import StorageUnreachableError
 
 T = TypeVar("T")
@@ -108,14 +108,15 @@ class Processes:
         return everyone
 
     def together(self, work: Callable[[], T]) -> T:
-        """Run `work` on every rank; a user's mistake that any of them finds is raised on all."""
+        """Run `work` on every rank; a user's mistake, or damaged data, that any of them finds is raised on all."""
         result, failure = None, None
         try:
             result = work()
         except (UserError, StorageUnavailable) as error:
             # An unreachable store may be reachable in a minute: not the user's mistake, and worth a retry.
             passing = isinstance(error, (StorageUnreachableError, StorageUnavailable))
-            failure = (StorageUnavailable if passing else UserError, str(error))
+            damaged = DataError if isinstance(error, DataError) else UserError
+            failure = (StorageUnavailable if passing else damaged, str(error))
         failures = [found for found in self.gather(failure) if found]
         if failures:
             kind, sentence = failures[0]

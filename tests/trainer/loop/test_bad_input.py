@@ -63,7 +63,7 @@ def refused(job: TinyJob, sentence: str, **environment: str) -> None:
 def check_refused(run: Running, sentence: str, reason: str = "UserError") -> None:
     """The run ends with a message that matches `sentence`, and prints it once, and does not take a step."""
     code = run.end()
-    assert code == (65 if reason == "UserError" else 1), run.log
+    assert code == (65 if reason in ("UserError", "DataError") else 1), run.log
     assert run.message["reason"] == reason
     told = run.message["message"]
     assert re.search(sentence, told), told
@@ -99,6 +99,15 @@ def test_a_job_is_refused_with_one_sentence_for(
     job = tiny(processes=1, zero=(1, 1, 1))
     break_it(job, corpus, tmp_path)
     refused(job, sentence)
+
+
+def test_damaged_data_is_no_mistake_of_the_users(tiny: Make, corpus: Corpus, tmp_path: Path) -> None:
+    """It may have been damaged on its way, so the operator tries again, unlike after a UserError."""
+    damaged = shutil.copytree(corpus.validation, tmp_path / "damaged")
+    for file in damaged.rglob("*.bin"):
+        file.write_bytes(file.read_bytes().replace(b'"tokens"', b'"tokenz"'))
+    job = tiny(processes=1, zero=(1, 1, 1), data={"validation": [{"path": str(damaged)}]})
+    check_refused(job.alone(), r"damaged/.*\.bin, .*: not a tokenized sample", "DataError")
 
 
 @pytest.mark.parametrize(
