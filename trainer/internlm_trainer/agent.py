@@ -21,7 +21,6 @@ import tempfile
 import threading
 import time
 from collections.abc import Mapping
-from http.client import HTTPException
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.error import HTTPError
@@ -34,7 +33,7 @@ from internlm_trainer.storage import join
 from internlm_trainer.telemetry import diagnostics, evidence
 from internlm_trainer.telemetry.hangs import Beat, Late, Limits, Watch
 from internlm_trainer.telemetry.logs import JsonFormatter
-from internlm_trainer.telemetry.report import post
+from internlm_trainer.telemetry.report import Outage, post
 from internlm_trainer.telemetry.termination import encode
 
 log = logging.getLogger("internlm_trainer.agent")
@@ -79,7 +78,7 @@ class Link:
         self.url = f"{url.removesuffix('/report')}/agent" if url else ""
         self._state: dict[str, Any] = {"worker": node_rank, "gang": first_attempt, "attempt": first_attempt}
         self._changed = threading.Condition()
-        self._told = self._silenced = False
+        self._told, self._outage = False, Outage(self.url)
         if self.url:
             threading.Thread(target=self._run, name="operator", daemon=True).start()
 
@@ -97,17 +96,13 @@ class Link:
                 pause = ASK_SECONDS if self._state.get("ended") else TELL_SECONDS
                 self._changed.wait_for(lambda: self._told, pause)
                 state, self._told = dict(self._state), False
-            try:
-                answer = post(self.url, state)
-                self.attempt = max(self.attempt, int(answer.get("attempt", 0)))
-                self.finished = bool(answer.get("finished"))
-                self._silenced = False
-            except HTTPError as error:
-                self.finished = error.code in (404, 405)
-            except (OSError, ValueError, TypeError, HTTPException) as error:
-                if not self._silenced:
-                    log.warning("the operator does not answer at %s: %s", self.url, error)
-                self._silenced = True
+            with self._outage.told():
+                try:
+                    answer = post(self.url, state)
+                    self.attempt = max(self.attempt, int(answer.get("attempt", 0)))
+                    self.finished = bool(answer.get("finished"))
+                except HTTPError as error:
+                    self.finished = error.code in (404, 405)
 
 
 class Agent:

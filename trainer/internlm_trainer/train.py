@@ -205,7 +205,7 @@ class Trainer:
                 total += loss.detach()
                 row_losses.append(row_loss.detach())
         with self.section("reduce", on_device=True):
-            self.zero.reduced()
+            self.zero.reduced()  # `clip` would wait, too: apart from it, to tell how long
         with self.section("optimizer", on_device=True):
             norm = self.zero.clip(training.optimizer.clip_grad_norm, self.guard.scale)
             lr = learning_rate(training, self.step, self.total_steps)

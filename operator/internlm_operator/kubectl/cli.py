@@ -17,9 +17,11 @@ from rich.live import Live
 
 from internlm_operator import __version__
 from internlm_operator.failures import index_of
+from internlm_operator.inplace import pods_of
 from internlm_operator.kubectl import bundle, views
 from internlm_operator.kubectl.access import Access, AccessError
 from internlm_operator.objects import ATTEMPT_LABEL, CHECKPOINT_ANNOTATION, Object
+from internlm_operator.status import parse_status
 
 READERS = 16
 FOLLOWERS = 64
@@ -138,17 +140,15 @@ def logs(
 
 def guilty_pod(job: Object, pods: list[Object]) -> Object | None:
     """The pod of the last failure, if it is still the one that failed: the next gang's has the same name."""
-    status = job.get("status") or {}
-    failure = status.get("lastFailure") or {}
-    # An attempt that was started in place used the pods of an earlier one.
-    gangs = {
-        attempt["number"]: attempt.get("gang") or attempt["number"]
-        for attempt in status.get("attempts") or []
-    }
-    gang = gangs.get(failure.get("attempt"), failure.get("attempt"))
+    status = parse_status(job.get("status"))
+    failure = status.last_failure
+    if failure is None:
+        return None
+    gangs = {attempt.number: pods_of(attempt) for attempt in status.attempts}
+    gang = str(gangs.get(failure.attempt, failure.attempt))
     for pod in pods:
         label = (pod["metadata"].get("labels") or {}).get(ATTEMPT_LABEL)
-        if pod["metadata"]["name"] == failure.get("pod") and label == str(gang):
+        if pod["metadata"]["name"] == failure.pod and label == gang:
             return pod
     return None
 

@@ -146,7 +146,7 @@ class Checkpoint:
                 part = data[copy.start - read.start : copy.stop - read.start]
                 targets[copy.want][copy.to : copy.to + len(part)] = part
 
-        _in_parallel(fill, self.index.plan([want.elements for want in wants]))
+        in_parallel(fill, self.index.plan([want.elements for want in wants]))
 
     def _check_want(self, want: Want) -> None:
         held = self.index.dtype(want.kind, want.parameter)
@@ -186,7 +186,7 @@ def read_back(
         with lock:
             progress(one[1].stop - one[1].start)
 
-    _in_parallel(check, reads)
+    in_parallel(check, reads)
 
 
 def _read(folder: Folder, name: str, shard: ShardEntry, read: Read) -> bytes:
@@ -220,7 +220,8 @@ def _differing(shard: ShardEntry, start: int, data: bytes) -> int | None:
     return None
 
 
-def _in_parallel(work: Callable[[T], None], reads: Iterable[T]) -> None:
+def in_parallel(work: Callable[[T], None], reads: Iterable[T]) -> None:
+    """Work on several reads at a time; the first error is raised once those under way are done."""
     with ThreadPoolExecutor(READERS) as pool:
         try:
             for _ in pool.map(work, reads):

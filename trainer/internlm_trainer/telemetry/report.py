@@ -8,6 +8,8 @@ import os
 import ssl
 import threading
 import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
 from http.client import HTTPException
 from pathlib import Path
 from typing import Any
@@ -26,7 +28,7 @@ class Reporter:
         self._newest: dict[str, Any] | None = None
         self._changed = threading.Condition()
         self._closing = False
-        self._silenced = False
+        self._outage = Outage(self._url)
         self._answer: dict[str, Any] = {}
         self._thread = threading.Thread(target=self._run, name="reports", daemon=True)
         if self._url:
@@ -59,20 +61,30 @@ class Reporter:
                 report, self._newest = self._newest, None
             if report is None:
                 return
-            self._post(report)
+            with self._outage.told():
+                self._answer = post(self._url, report)
             with self._changed:
                 self._changed.wait_for(lambda: self._closing, timeout=INTERVAL_SECONDS)
 
-    def _post(self, report: dict[str, Any]) -> None:
+
+class Outage:
+    """What goes wrong on the job channel: told once, not every two seconds of an outage."""
+
+    def __init__(self, url: str) -> None:
+        self._url, self._told = url, False
+
+    @contextmanager
+    def told(self) -> Iterator[None]:
+        """Around one exchange by `post`."""
         try:
-            self._answer = post(self._url, report)
-            self._silenced = False
-        except (OSError, ValueError, HTTPException) as error:
-            if not self._silenced:  # once, not every two seconds of an outage
+            yield
+            self._told = False
+        except (OSError, ValueError, TypeError, HTTPException) as error:
+            if not self._told:
                 log.warning(
                     "the operator does not take reports at %s: %s; training goes on", self._url, error
                 )
-            self._silenced = True
+            self._told = True
 
 
 def post(url: str, content: dict[str, Any]) -> dict[str, Any]:

@@ -25,26 +25,11 @@ from torch import Tensor
 
 from internlm_trainer.checkpoint.tensors import as_bytes
 from internlm_trainer.errors import UserError
+from internlm_trainer.weights.files import Type
 from internlm_trainer.weights.layout import Stored
 from internlm_trainer.weights.source import Weights, blocks
 
 Progress = Callable[[int], None]
-
-
-class Type(NamedTuple):
-    """A type of exported weights."""
-
-    dtype: torch.dtype
-    safetensors: str
-    storage: type
-    name: str
-
-
-TYPES = {
-    "fp32": Type(torch.float32, "F32", torch.FloatStorage, "float32"),
-    "bf16": Type(torch.bfloat16, "BF16", torch.BFloat16Storage, "bfloat16"),
-    "fp16": Type(torch.float16, "F16", torch.HalfStorage, "float16"),
-}
 
 
 def size(tensors: Sequence[Stored], type: Type) -> int:

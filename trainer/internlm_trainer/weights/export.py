@@ -20,7 +20,8 @@ from internlm_trainer.config import ModelShape
 from internlm_trainer.data.tokenizer import Tokenizer
 from internlm_trainer.errors import UserError
 from internlm_trainer.storage import join, remove_leftovers, user_errors, write_whole
-from internlm_trainer.weights.archive import TYPES, Progress, Type, size, write_pt, write_safetensors
+from internlm_trainer.weights.archive import Progress, size, write_pt, write_safetensors
+from internlm_trainer.weights.files import TYPES, Type
 from internlm_trainer.weights.layout import (
     Files,
     Stored,

@@ -20,13 +20,29 @@ from internlm_trainer.checkpoint.folder import Folder
 from internlm_trainer.errors import UserError
 from internlm_trainer.storage import user_errors
 
-# fp32 masters hold each of these exactly.
-DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 _LARGEST_HEADER = 100 << 20  # bytes, safetensors' own limit
 _ZIP = b"PK\x03\x04"
 # Of `model_config.pt`: a dictionary with attributes.
 _INTERNLMS_CONFIG = "internlm.core.context.parallel_context.Config"
 _BLOCK = 256 << 10  # bytes read at once of a pickle that is far away
+
+
+class Type(NamedTuple):
+    """A type of stored weights, by the names of those who read and write them."""
+
+    dtype: torch.dtype
+    safetensors: str
+    storage: type
+    name: str
+
+
+# fp32 masters hold each of these exactly.
+TYPES = {
+    "fp32": Type(torch.float32, "F32", torch.FloatStorage, "float32"),
+    "bf16": Type(torch.bfloat16, "BF16", torch.BFloat16Storage, "bfloat16"),
+    "fp16": Type(torch.float16, "F16", torch.HalfStorage, "float16"),
+}
+DTYPES = {type.safetensors: type.dtype for type in TYPES.values()}
 
 
 class TensorAt(NamedTuple):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from math import prod
 from typing import Protocol
 
@@ -12,7 +11,7 @@ from torch import Tensor
 
 from internlm_trainer.checkpoint import Checkpoint, Piece, Want
 from internlm_trainer.checkpoint.folder import Folder
-from internlm_trainer.checkpoint.load import READERS
+from internlm_trainer.checkpoint.load import in_parallel
 from internlm_trainer.checkpoint.tensors import as_tensor
 from internlm_trainer.config import ModelShape
 from internlm_trainer.errors import UserError
@@ -140,13 +139,7 @@ def blocks(weights: Weights, parameter: str, start: int, stop: int) -> Iterator[
 
 def fill(weights: Weights, pieces: Iterable[Piece]) -> None:
     """Set each piece's tensor, on any device, to its elements of its parameter; several are read at a time."""
-    with ThreadPoolExecutor(READERS) as pool:
-        try:
-            for _ in pool.map(lambda piece: _fill(weights, piece), pieces):
-                pass
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
+    in_parallel(lambda piece: _fill(weights, piece), pieces)
 
 
 def _fill(weights: Weights, piece: Piece) -> None:
