@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from internlm_trainer.commands import checkpoint, convert, data, job, plan, weights
+from internlm_trainer.commands import checkpoint, convert, data, evaluate, job, plan, weights
 
 app = typer.Typer(
     help="Train InternLM-family language models: the same job.yaml runs here and on Kubernetes.",
@@ -26,6 +26,7 @@ for command in (
     app.command()(command)
 app.add_typer(checkpoint.app, name="checkpoint")
 app.add_typer(data.app, name="data")
+app.add_typer(evaluate.app, name="eval")
 
 
 def main() -> None:

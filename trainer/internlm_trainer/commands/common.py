@@ -13,6 +13,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from typer.core import TyperGroup
 
 from internlm_operator.manifest import JobError, load_manifests
 from internlm_trainer.errors import EXIT_USER_ERROR, UserError
@@ -32,6 +33,15 @@ def sentences(command: Callable[..., None]) -> Callable[..., None]:
             raise typer.Exit(EXIT_USER_ERROR) from None
 
     return wrapped
+
+
+class DefaultGroup(TyperGroup):
+    """Commands of which one, `run`, need not be named: `internlm eval SOURCE` beside `internlm eval plot SOURCE`."""
+
+    def parse_args(self, ctx: typer.Context, args: list[str]) -> list[str]:  # type: ignore[override]
+        if args and args[0] not in self.commands and args[0] != "--help":
+            args = ["run", *args]
+        return super().parse_args(ctx, args)
 
 
 def only_job(file: Path, command: str) -> dict[str, Any]:

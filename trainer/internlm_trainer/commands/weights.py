@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
 from enum import StrEnum
 from typing import TYPE_CHECKING, Annotated
@@ -12,22 +12,11 @@ import typer
 from rich.table import Table
 
 from internlm_trainer.commands.common import bar, print_json, sentences, show, store_errors
+from internlm_trainer.commands.opened import Source, context_of, of_newest, tokenizer_of
 from internlm_trainer.errors import UserError
 
 if TYPE_CHECKING:
-    from internlm_trainer.data.tokenizer import Tokenizer
     from internlm_trainer.weights.source import Weights
-
-NONE = "none"
-
-
-Source = Annotated[
-    str,
-    typer.Argument(
-        help="A job's checkpoint.path or PATH/step-N in it, or a folder in Hugging Face's or InternLM's format.",
-        show_default=False,
-    ),
-]
 
 
 class Format(StrEnum):
@@ -90,54 +79,15 @@ def export(
         with bar("exporting", total_bytes(weights, dtype)) as advance:
             if format == Format.internlm:
                 return export_internlm(weights, to, dtype, tp, pp, advance)
-            words = _tokenizer(weights, tokenizer)
-            return export_llama(weights, to, dtype, words, _context(weights, context), advance)
+            words = tokenizer_of(weights, tokenizer)
+            return export_llama(weights, to, dtype, words, context_of(weights, context), advance)
 
     with store_errors():
-        weights, files = _of_newest(source, write)
+        weights, files = of_newest(source, write)
     if as_json:
         print_json({"source": weights.url, "format": format.value, "dtype": dtype.value, "files": files})
     else:
         typer.echo(f"{weights.url}: {', '.join(files)} in {to}")
-
-
-def _tokenizer(weights: Weights, asked: str | None) -> Tokenizer | None:
-    from internlm_trainer.data.tokenizer import check_vocabulary, load_tokenizer
-
-    if asked == NONE:
-        return None
-    url = asked or weights.tokenizer
-    if url is None:
-        raise UserError(
-            f"{weights.url} does not tell its tokenizer; give --tokenizer a SentencePiece model, or none to go without"
-        )
-    field = "--tokenizer"
-    tokenizer = load_tokenizer(url, field)
-    check_vocabulary(tokenizer, weights.shape.vocab_size, url, field)
-    return tokenizer
-
-
-def _context(weights: Weights, asked: int | None) -> int:
-    found = asked or weights.context
-    if found is None:
-        raise UserError(f"{weights.url} does not tell its longest sequence; give --context, such as 2048")
-    return found
-
-
-def _of_newest(source: str, work: Callable[[Weights], list[str]]) -> tuple[Weights, list[str]]:
-    """`work` on the weights asked for; where a running job removes its newest checkpoint meanwhile, on the next."""
-    from internlm_trainer.checkpoint import BadCheckpoint
-    from internlm_trainer.weights.recognise import open_weights
-
-    tried: BadCheckpoint | None = None
-    while True:
-        try:
-            weights = open_weights(source, "SOURCE")
-            return weights, work(weights)
-        except BadCheckpoint as error:
-            if tried and tried.name == error.name:
-                raise
-            tried = error
 
 
 @sentences
@@ -174,7 +124,7 @@ def chat(
 
     with store_errors():
         weights = open_weights(source, "SOURCE")
-        words, tokens = _tokenizer(weights, tokenizer), _context(weights, context)
+        words, tokens = tokenizer_of(weights, tokenizer), context_of(weights, context)
         if words is None:
             raise UserError("--tokenizer none: a chat needs one")
         cuda = torch.cuda.is_available()

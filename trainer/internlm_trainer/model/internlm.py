@@ -114,13 +114,18 @@ class InternLM(nn.Module):
 
     def forward(self, tokens: Tensor, documents: Documents) -> Tensor:
         """Logits `[tokens, vocab_size]` of an int64 row `[tokens]`."""
+        logits: Tensor = self.head(self.hidden(tokens, documents))
+        return logits
+
+    def hidden(self, tokens: Tensor, documents: Documents) -> Tensor:
+        """What the head reads, `[tokens, hidden_size]`."""
         head_dim = self.shape.hidden_size // self.shape.heads
         cos, sin = rotary_tables(documents.positions, head_dim, self.shape.rope_base)
         x = self.embedding(tokens)
         for block in self.blocks:
             x = block(x, cos, sin, documents)
-        logits: Tensor = self.head(self.norm(x))
-        return logits
+        states: Tensor = self.norm(x)
+        return states
 
 
 def initialise(name: str, parameter: Tensor, layers: int, generator: torch.Generator) -> None:

@@ -1,0 +1,159 @@
+"""`internlm eval`: how good a model is."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.table import Table
+
+from internlm_trainer.commands.common import DefaultGroup, bar, print_json, sentences, show, store_errors
+from internlm_trainer.commands.opened import Source, context_of, of_newest, tokenizer_of
+from internlm_trainer.errors import UserError
+
+if TYPE_CHECKING:
+    from internlm_trainer.data.tokenizer import Tokenizer
+    from internlm_trainer.evaluation.likelihood import Scorer
+    from internlm_trainer.evaluation.run import Item, Result, Sample
+    from internlm_trainer.evaluation.tasks import Task
+    from internlm_trainer.weights.source import Weights
+
+app = typer.Typer(
+    cls=DefaultGroup,
+    help="How good a model is: `internlm eval SOURCE --tasks mmlu --data DIR`, or --text FILE for perplexity.",
+    no_args_is_help=True,
+)
+
+
+@app.command("run")
+@sentences
+def evaluate(
+    source: Source,
+    tasks: Annotated[
+        str, typer.Option(help="Names with commas between, such as mmlu,ceval,gsm8k.", show_default=False)
+    ] = "",
+    data: Annotated[
+        str, typer.Option(help="Folder (path or URL) with one folder a task, its files as published.")
+    ] = ".",
+    text: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Perplexity of text files (path, URL or pattern; txt, json, jsonl, parquet); may be repeated."
+        ),
+    ] = None,
+    stride: Annotated[
+        int | None,
+        typer.Option(min=1, help="Tokens that each window of --text adds. Default: the context's length."),
+    ] = None,
+    shots: Annotated[
+        int | None, typer.Option(min=0, help="Examples before each question. Default: the task's own.")
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Only the first so many questions of each subject, or texts.")
+    ] = None,
+    samples: Annotated[
+        str | None, typer.Option(help="Write each question with its scores to this file (jsonl).")
+    ] = None,
+    tokenizer: Annotated[
+        str | None, typer.Option(help="SentencePiece model. Default: the one the weights were trained with.")
+    ] = None,
+    context: Annotated[
+        int | None,
+        typer.Option(min=2, help="Tokens that are read at most. Default: what it was trained with."),
+    ] = None,
+    batch_tokens: Annotated[
+        int, typer.Option(min=1, help="Tokens read at once; fewer take less memory.")
+    ] = 8192,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON document, for programs.")] = False,
+) -> None:
+    """Evaluate a model on tasks and texts, from a checkpoint or a folder in Hugging Face's or InternLM's format.
+
+    Prompts and metrics are those of lm-evaluation-harness. On a GPU in bf16 if there is one, else on the CPU in fp32.
+    """
+    from internlm_trainer.evaluation.records import texts
+    from internlm_trainer.evaluation.run import load, summary, task_of
+    from internlm_trainer.storage import user_errors, write_whole
+
+    chosen = [task_of(name.strip()) for name in tasks.split(",") if name.strip()]
+    if not chosen and not text:
+        raise UserError("--tasks or --text: give what to evaluate on")
+    # Before the weights are read: mistakes in files are found at once.
+    questions = [(task, load(task, data, shots, limit)) for task in chosen]
+    documents = [one for pattern in text or () for one in texts(pattern)][:limit]
+    if text and not documents:
+        raise UserError("--text: there is no text in the files")
+    with store_errors():
+        weights, (scorer, words) = of_newest(
+            source, lambda weights: _open(weights, tokenizer, context, batch_tokens)
+        )
+    results, lines = [], list[str]()
+    if documents:
+        results.append(_perplexity(scorer, words, documents, stride))
+    for task, items in questions:
+        found = _samples(scorer, words, task, items)
+        results.append(summary(task, found))
+        lines += [_line(task, sample) for sample in found]
+    if samples:
+        with user_errors(samples, "--samples"), write_whole(samples) as file:
+            file.write("".join(lines).encode())
+    if as_json:
+        print_json({"source": weights.url, "results": [result._asdict() for result in results]})
+    else:
+        _print(weights.url, results)
+
+
+def _open(
+    weights: Weights, asked: str | None, context: int | None, batch_tokens: int
+) -> tuple[Scorer, Tokenizer]:
+    import torch
+
+    from internlm_trainer.chat import load_model
+    from internlm_trainer.evaluation.likelihood import Scorer
+
+    words, tokens = tokenizer_of(weights, asked), context_of(weights, context)
+    if words is None:
+        raise UserError("--tokenizer none: an evaluation needs one")
+    cuda = torch.cuda.is_available()
+    model = load_model(
+        weights, torch.device("cuda" if cuda else "cpu"), torch.bfloat16 if cuda else torch.float32
+    )
+    return Scorer(model, tokens, batch_tokens), words
+
+
+def _perplexity(scorer: Scorer, words: Tokenizer, documents: list[str], stride: int | None) -> Result:
+    from internlm_trainer.evaluation.perplexity import perplexity, requests_of
+    from internlm_trainer.evaluation.run import Result
+
+    if stride and stride > scorer.context:
+        raise UserError(f"--stride {stride}: a window has {scorer.context} tokens; give no more than that")
+    parts = requests_of(documents, words, scorer.context, stride or scorer.context)
+    with bar("perplexity", sum(map(len, parts))) as advance:
+        found = perplexity(scorer, documents, parts, advance)
+    return Result("perplexity", 0, len(documents), found.metrics, {})
+
+
+def _samples(scorer: Scorer, words: Tokenizer, task: Task, items: list[Item]) -> list[Sample]:
+    from internlm_trainer.evaluation.run import choose
+
+    with bar(task.name, sum(len(item.question.choices) for item in items)) as advance:
+        return choose(scorer, words, items, advance)
+
+
+def _line(task: Task, sample: Sample) -> str:
+    item = sample.item
+    content = {"task": task.name, "subject": item.subject, "prompt": item.prompt, **sample.details}
+    return json.dumps(content | {"scores": sample.scores}, ensure_ascii=False) + "\n"
+
+
+def _print(source: str, results: list[Result]) -> None:
+    table = Table("task", "questions", "shots", "metric", "value", "± stderr", box=None, header_style="bold")
+    for result in results:
+        first = [result.task, f"{result.questions:,}", str(result.shots)]
+        for name, value in result.metrics.items():
+            if not name.endswith("_stderr"):
+                error = result.metrics.get(f"{name}_stderr")
+                table.add_row(*first, name, f"{value:.4f}", "" if error is None else f"{error:.4f}")
+                first = ["", "", ""]
+    typer.echo(source)
+    show(table)

@@ -1,0 +1,155 @@
+"""Running tasks on a model: their questions from files, the scores of each, and what they come to."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
+from typing import Any, NamedTuple
+
+from internlm_trainer.data.tokenizer import Tokenizer
+from internlm_trainer.errors import UserError
+from internlm_trainer.evaluation.likelihood import Likelihood, Progress, Scorer, request_of
+from internlm_trainer.evaluation.records import RecordFile, find
+from internlm_trainer.evaluation.tasks import TASKS, Question, Task
+from internlm_trainer.storage import join
+
+
+class Item(NamedTuple):
+    """A question of a task, with the whole text before the answer, in which there are so many examples."""
+
+    subject: str
+    prompt: str
+    shots: int
+    question: Question
+
+
+class Sample(NamedTuple):
+    """What came of a question."""
+
+    item: Item
+    scores: dict[str, float]
+    """Metrics, each in 0 to 1."""
+    details: dict[str, Any]
+    """What they were found from."""
+
+
+class Result(NamedTuple):
+    """Of a task. metrics: means over all questions, with their standard errors; subjects: of each subject."""
+
+    task: str
+    shots: int
+    questions: int
+    metrics: dict[str, float]
+    subjects: dict[str, dict[str, float]]
+
+
+def task_of(name: str) -> Task:
+    """The task of a name.  Raises UserError."""
+    if name not in TASKS:
+        raise UserError(f"--tasks: {name} is not known; tasks are {', '.join(TASKS)}")
+    return TASKS[name]
+
+
+def load(task: Task, data: str, shots: int | None, limit: int | None) -> list[Item]:
+    """The task's questions, by subject.
+
+    data: folder (path or URL) of all tasks.  shots: examples before each, instead of as many as the task has.  limit:
+    questions of each subject.  Raises UserError for files that are missing or are none of the task's.
+    """
+    url = join(data, task.folder)
+    files = [file for file in find(url) if task.takes(file.part.subject)]
+    questions = _of_first_split(files, task.questions)
+    if not questions:  # a folder that holds something else
+        wanted = " or ".join(split or "any" for split in task.questions)
+        raise UserError(f"--data: {url} holds no {wanted} files of {task.name}")
+    shots = task.shots if shots is None else shots
+    examples = _of_first_split(files, task.examples) if shots else {}
+    items = [
+        item
+        for subject, found in questions.items()
+        for item in _items(task, subject, found, shots, examples.get(subject, []), limit)
+    ]
+    if not items:
+        raise UserError(f"--data: {url} holds no questions of {task.name}, only empty files")
+    return items
+
+
+def _of_first_split(files: Sequence[RecordFile], splits: Sequence[str]) -> dict[str, list[RecordFile]]:
+    """The files of the first of the splits that has any, by subject."""
+    for split in splits:
+        found: dict[str, list[RecordFile]] = defaultdict(list)
+        for file in files:
+            if file.part.split == split:
+                found[file.part.subject].append(file)
+        if found:
+            return found
+    return {}
+
+
+def _items(
+    task: Task,
+    subject: str,
+    files: Iterable[RecordFile],
+    shots: int,
+    example_files: Iterable[RecordFile],
+    limit: int | None,
+) -> Iterator[Item]:
+    examples = list(islice(_questions(task, example_files), shots))
+    if len(examples) < shots:
+        splits = " or ".join(task.examples) or "example"
+        raise UserError(
+            f"--shots {shots}: {task.name} has {len(examples)} examples of {subject or 'its questions'}, which are in "
+            f"its {splits} files; copy those too, or give --shots {len(examples)}"
+        )
+    for question in islice(_questions(task, files), limit):
+        yield Item(subject, task.prompt(subject, examples, question), shots, question)
+
+
+def _questions(task: Task, files: Iterable[RecordFile]) -> Iterator[Question]:
+    for file in files:
+        for number, record in enumerate(file.records(), start=1):
+            yield task.read(record, f"{file.url}, record {number}")
+
+
+def choose(
+    scorer: Scorer, tokenizer: Tokenizer, items: Sequence[Item], progress: Progress = lambda _: None
+) -> list[Sample]:
+    """Take the likeliest choice of each question, by itself (`acc`) and a character (`acc_norm`).
+
+    progress: hears how many choices are done.
+    """
+    requests = [
+        request_of(tokenizer, item.prompt, f" {choice}") for item in items for choice in item.question.choices
+    ]
+    scores = iter(scorer.score(requests, progress))
+    return [_chosen(item, list(islice(scores, len(item.question.choices)))) for item in items]
+
+
+def _chosen(item: Item, found: list[Likelihood]) -> Sample:
+    logprobs = [one.logprob for one in found]
+    by_length = [one / max(1, len(text)) for one, text in zip(logprobs, item.question.choices, strict=True)]
+    best, best_by_length = (values.index(max(values)) for values in (logprobs, by_length))
+    right = item.question.right
+    scores = {"acc": float(best in right), "acc_norm": float(best_by_length in right)}
+    return Sample(item, scores, {"choices": item.question.choices, "logprobs": logprobs, "right": right})
+
+
+def summary(task: Task, samples: Sequence[Sample]) -> Result:
+    """Means over all questions, and over those of each subject where there are several."""
+    by_subject: dict[str, list[Sample]] = defaultdict(list)
+    for sample in samples:
+        by_subject[sample.item.subject].append(sample)
+    subjects = (
+        {subject: _means(found) for subject, found in by_subject.items()} if len(by_subject) > 1 else {}
+    )
+    metrics = _means(samples)
+    for name in list(metrics):
+        spread = sum((sample.scores[name] - metrics[name]) ** 2 for sample in samples)
+        metrics[f"{name}_stderr"] = math.sqrt(spread / max(1, len(samples) - 1) / len(samples))
+    return Result(task.name, samples[0].item.shots, len(samples), metrics, subjects)
+
+
+def _means(samples: Sequence[Sample]) -> dict[str, float]:
+    return {name: math.fsum(s.scores[name] for s in samples) / len(samples) for name in samples[0].scores}
