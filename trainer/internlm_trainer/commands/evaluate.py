@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -101,6 +102,28 @@ def evaluate(
         print_json({"source": weights.url, "results": [result._asdict() for result in results]})
     else:
         _print(weights.url, results)
+
+
+@app.command()
+@sentences
+def opencompass(
+    model: Annotated[
+        Path, typer.Argument(help="Folder that internlm export --format hf wrote.", show_default=False)
+    ],
+    gpus: Annotated[int, typer.Option(min=1, help="GPUs that hold the model together.")] = 1,
+) -> None:
+    """Print an exported model's configuration for OpenCompass: internlm eval opencompass out > models.py."""
+    from internlm_trainer.evaluation.opencompass import configuration
+
+    try:
+        config = json.loads((model / "config.json").read_bytes())
+        dtype, context = str(config["torch_dtype"]), int(config["max_position_embeddings"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"MODEL: {model} is no folder of an exported model ({error}); write one with internlm export"
+        ) from error
+    path = model.resolve()
+    typer.echo(configuration(str(path), path.name, dtype, context, gpus), nl=False)
 
 
 def _open(
