@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from internlm_trainer.commands import checkpoint, convert, data, evaluate, job, plan, weights
+from internlm_trainer.commands import chat, checkpoint, convert, data, evaluate, job, plan, weights
 
 app = typer.Typer(
     help="Train InternLM-family language models: the same job.yaml runs here and on Kubernetes.",
@@ -20,7 +20,7 @@ for command in (
     data.tokenize,
     convert.convert_config,
     weights.export,
-    weights.chat,
+    chat.chat,
     weights.models,
 ):
     app.command()(command)

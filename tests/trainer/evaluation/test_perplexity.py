@@ -10,11 +10,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from internlm_trainer.chat import load_model
 from internlm_trainer.data.tokenizer import Tokenizer
 from internlm_trainer.evaluation.likelihood import Request, Scorer, request_of
 from internlm_trainer.evaluation.perplexity import perplexity, requests_of, windows
 from internlm_trainer.kernels.attention import Documents
+from internlm_trainer.weights.load import load_model
 from internlm_trainer.weights.recognise import open_weights
 
 

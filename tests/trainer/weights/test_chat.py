@@ -10,13 +10,17 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner, Result
 
-from internlm_trainer.chat import Chat, load_model
+from internlm_trainer.chat.messages import Message, form_of, prompt
+from internlm_trainer.chat.reading import Piece
+from internlm_trainer.chat.talk import Answer, Asking, Chat, Speaker
 from internlm_trainer.cli import app
+from internlm_trainer.commands.opened import open_model
 from internlm_trainer.config import ModelShape
 from internlm_trainer.data.tokenizer import Tokenizer, train_tokenizer
-from internlm_trainer.generate import Conversation, Sampling, complete
+from internlm_trainer.generate import Sampling, complete
 from internlm_trainer.model.internlm import InternLM
 from internlm_trainer.weights.export import export_llama
+from internlm_trainer.weights.load import load_model
 from internlm_trainer.weights.recognise import open_weights
 from trainer.weights.models import SHAPES, random_weights, save
 
@@ -39,16 +43,19 @@ def model_of(folder: Path) -> InternLM:
     return load_model(open_weights(str(folder / "checkpoints"), "SOURCE"), torch.device("cpu"), torch.float32)
 
 
-@pytest.mark.parametrize("sampling", [GREEDY, Sampling(seed=3)])
-def test_the_cache_changes_no_token(folder: Path, sampling: Sampling) -> None:
-    prompt = [1, 50, 60, 70, 80]
-    expected = complete(model_of(folder), prompt, stop=511, max_tokens=40, sampling=sampling)
-    assert len(expected) == 40
-    conversation = Conversation(model_of(folder), CONTEXT)
-    assert list(conversation.answer(prompt, (511,), 40, sampling)) == expected
-    assert conversation.read == prompt + expected
-    again = complete(model_of(folder), [*prompt, *expected, 9], stop=511, max_tokens=5, sampling=sampling)
-    assert list(conversation.answer([9], (511,), 5, sampling)) == again
+def chat_of(folder: Path, context: int | None = None) -> Chat:
+    opened = open_model(str(folder / "checkpoints"), None, context)
+    decoder, words = opened.decoder, opened.tokenizer
+    return Chat(Speaker(decoder.answer, words, decoder.context, form_of(words)))
+
+
+def ask(chat: Chat, question: str, max_tokens: int) -> tuple[str, Answer]:
+    """The text as it came, and the whole."""
+    *pieces, answer = chat.ask(question, Asking(GREEDY, max_tokens))
+    assert isinstance(answer, Answer)
+    text = "".join(one.text for one in pieces if isinstance(one, Piece))
+    assert answer.message.content == text
+    return text, answer
 
 
 @torch.no_grad()
@@ -61,20 +68,21 @@ def test_a_chat_is_that_of_transformers_over_several_turns(folder: Path) -> None
     theirs, words = (
         kind.from_pretrained(str(folder / "out")) for kind in (AutoModelForCausalLM, AutoTokenizer)
     )
-    chat = Chat(model_of(folder), tokenizer, CONTEXT)
+    chat = chat_of(folder)
     ids: list[int] = []
     for question in ("Who?", "Why is it so?"):
-        answer = "".join(chat.ask(question, 12, GREEDY))
+        text, answer = ask(chat, question, 12)
         messages = [{"role": "user", "content": question}]
         ids += words.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
-        assert chat.conversation.read[: len(ids)] == ids
+        assert prompt(form_of(tokenizer), tokenizer, chat.messages[:-1], ()) == ids
+        assert answer.prompt_tokens == len(ids)
         made = theirs.generate(
             torch.tensor([ids]), max_new_tokens=12, do_sample=False, temperature=None, top_p=None
         )[0].tolist()[len(ids) :]
         stop = {tokenizer.id_of("<eoa>"), tokenizer.eos}
         ended = [token for token in made if token not in stop]
-        assert chat.conversation.read[len(ids) :] == ended
-        assert answer == tokenizer.decode(ended)
+        assert chat.messages[-1] == Message("assistant", text, (), tuple(ended))
+        assert text == tokenizer.decode(ended)
         ids += [*ended, tokenizer.id_of("<eoa>"), *tokenizer.encode("\n")]
 
 
@@ -109,12 +117,11 @@ def test_a_question_that_does_not_fit_is_a_sentence_and_a_full_context_is_forgot
     long = internlm_chat(folder / "checkpoints", "-q", "why? " * 100)
     assert long.exit_code == 65
     assert "tokens, and the model reads 200" in long.output
-    chat = Chat(model_of(folder), Tokenizer((folder / "tokenizer.model").read_bytes()), 60)
-    first = "".join(chat.ask("Who?", 30, GREEDY))
-    assert (
-        "".join(chat.ask("Who?", 30, GREEDY)) == first
-    )  # had it been remembered, the answer would be another
-    assert len(chat.conversation.read) <= 60
+    chat = chat_of(folder, 60)
+    first, _ = ask(chat, "Who?", 30)
+    # Had it been remembered, the answer would be another.
+    assert ask(chat, "Who?", 30)[0] == first
+    assert len(chat.messages) == 2
 
 
 def test_load_model_rounds_as_asked(folder: Path) -> None:

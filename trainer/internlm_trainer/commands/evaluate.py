@@ -129,19 +129,13 @@ def opencompass(
 def _open(
     weights: Weights, asked: str | None, context: int | None, batch_tokens: int
 ) -> tuple[Scorer, Tokenizer]:
-    import torch
-
-    from internlm_trainer.chat import load_model
     from internlm_trainer.evaluation.likelihood import Scorer
+    from internlm_trainer.weights.load import load_model
 
     words, tokens = tokenizer_of(weights, asked), context_of(weights, context)
     if words is None:
         raise UserError("--tokenizer none: an evaluation needs one")
-    cuda = torch.cuda.is_available()
-    model = load_model(
-        weights, torch.device("cuda" if cuda else "cpu"), torch.bfloat16 if cuda else torch.float32
-    )
-    return Scorer(model, tokens, batch_tokens), words
+    return Scorer(load_model(weights), tokens, batch_tokens), words
 
 
 def _perplexity(scorer: Scorer, words: Tokenizer, documents: list[str], stride: int | None) -> Result:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Annotated, TypeVar
+from typing import TYPE_CHECKING, Annotated, NamedTuple, TypeVar
 
 import typer
 
@@ -11,6 +11,7 @@ from internlm_trainer.errors import UserError
 
 if TYPE_CHECKING:
     from internlm_trainer.data.tokenizer import Tokenizer
+    from internlm_trainer.generate import Decoder
     from internlm_trainer.weights.source import Weights
 
 NONE = "none"
@@ -63,3 +64,31 @@ def of_newest(source: str, work: Callable[[Weights], T]) -> tuple[Weights, T]:
             if tried and tried.name == error.name:
                 raise
             tried = error
+
+
+class Opened(NamedTuple):
+    """A model that can be asked.
+
+    name: the last part of its URL, by which it is called over HTTP.
+    """
+
+    decoder: Decoder
+    tokenizer: Tokenizer
+    name: str
+
+
+def open_model(
+    source: str, tokenizer: str | None, context: int | None, rows: int = 1, compiled: bool = False
+) -> Opened:
+    """The model asked for, with room for `rows` conversations."""
+    from internlm_trainer.generate import Decoder
+    from internlm_trainer.weights.load import load_model
+
+    def work(weights: Weights) -> Opened:
+        words = tokenizer_of(weights, tokenizer)
+        if words is None:
+            raise UserError("--tokenizer none: a model that is asked needs one")
+        decoder = Decoder(load_model(weights), context_of(weights, context), rows, compiled)
+        return Opened(decoder, words, source.rstrip("/").rsplit("/", 1)[-1])
+
+    return of_newest(source, work)[1]

@@ -1,10 +1,7 @@
-"""`internlm export`, `models` and `chat`: weights for others, from others, and tried out."""
+"""`internlm export` and `models`: weights for others, and from others."""
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Iterator
-from contextlib import suppress
 from enum import StrEnum
 from typing import TYPE_CHECKING, Annotated
 
@@ -88,73 +85,6 @@ def export(
         print_json({"source": weights.url, "format": format.value, "dtype": dtype.value, "files": files})
     else:
         typer.echo(f"{weights.url}: {', '.join(files)} in {to}")
-
-
-@sentences
-def chat(
-    source: Source,
-    tokenizer: Annotated[
-        str | None, typer.Option(help="SentencePiece model. Default: the one the weights were trained with.")
-    ] = None,
-    question: Annotated[
-        list[str] | None, typer.Option("--question", "-q", help="Ask this and end; may be repeated.")
-    ] = None,
-    complete: Annotated[
-        bool, typer.Option("--complete", help="Continue plain text, for models that were not made for chat.")
-    ] = False,
-    temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest word each time.")] = 0.8,
-    top_p: Annotated[
-        float, typer.Option(min=0.0, max=1.0, help="Draw from the likeliest words of so much probability.")
-    ] = 0.8,
-    max_tokens: Annotated[int, typer.Option(min=1, help="Of an answer.")] = 1024,
-    context: Annotated[
-        int | None, typer.Option(min=2, help="Tokens that are remembered. Default: what it was trained with.")
-    ] = None,
-    seed: Annotated[int, typer.Option(help="Of the draws.")] = 0,
-) -> None:
-    """Talk to a model in the terminal, from a checkpoint or a folder in Hugging Face's or InternLM's format.
-
-    Answers appear as they are made. /reset forgets what was said; Ctrl-C ends an answer, Ctrl-D the chat.
-    """
-    import torch
-
-    from internlm_trainer.chat import Chat, continued, load_model
-    from internlm_trainer.generate import Sampling
-    from internlm_trainer.weights.recognise import open_weights
-
-    with store_errors():
-        weights = open_weights(source, "SOURCE")
-        words, tokens = tokenizer_of(weights, tokenizer), context_of(weights, context)
-        if words is None:
-            raise UserError("--tokenizer none: a chat needs one")
-        cuda = torch.cuda.is_available()
-        device = torch.device("cuda" if cuda else "cpu")
-        model = load_model(weights, device, torch.bfloat16 if cuda else torch.float32)
-    talk = None if complete else Chat(model, words, tokens)
-    for number, asked in enumerate(question or _typed()):
-        sampling = Sampling(temperature, top_p, seed + number)
-        if talk and asked.strip() == "/reset":
-            talk = Chat(model, words, tokens)
-            continue
-        if talk:
-            answer = talk.ask(asked, max_tokens, sampling)
-        else:
-            answer = continued(model, words, tokens, asked, max_tokens, sampling)
-        with suppress(KeyboardInterrupt):
-            for piece in answer:
-                typer.echo(piece, nl=False)
-        typer.echo()
-
-
-def _typed() -> Iterator[str]:
-    """What is typed, line by line, until Ctrl-D or Ctrl-C."""
-    while True:
-        try:
-            line = input("> " if sys.stdin.isatty() else "")
-        except (EOFError, KeyboardInterrupt):
-            return
-        if line.strip():
-            yield line
 
 
 @sentences

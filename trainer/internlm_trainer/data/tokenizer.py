@@ -23,6 +23,17 @@ BOS, EOS, FIRST_BYTE = 1, 2, 3
 END_PIECES = ("<eoh>", "<eoa>")
 SMALLEST_VOCABULARY = FIRST_BYTE + 256 + len(END_PIECES)
 
+# InternLM2's model file names the words of its chat so; its tokenizers show them under these names.
+CHAT_PIECES = {
+    "[UNUSED_TOKEN_146]": "<|im_start|>",
+    "[UNUSED_TOKEN_145]": "<|im_end|>",
+    "[UNUSED_TOKEN_144]": "<|action_start|>",
+    "[UNUSED_TOKEN_143]": "<|action_end|>",
+    "[UNUSED_TOKEN_142]": "<|interpreter|>",
+    "[UNUSED_TOKEN_141]": "<|plugin|>",
+}
+_PIECES = {shown: piece for piece, shown in CHAT_PIECES.items()}
+
 # SentencePiece writes this character for a space, so that one in the text would come back as a space.
 _SPACE_MARK = "\u2581"
 
@@ -104,8 +115,11 @@ class Tokenizer:
 
     def id_of(self, piece: str) -> int | None:
         """The id of `piece`, such as `<eoa>`, or None if the vocabulary lacks it."""
-        token: int = self._model.piece_to_id(piece)
-        return None if token == self._model.unk_id() else token
+        for name in (piece, _PIECES.get(piece, piece)):
+            token: int = self._model.piece_to_id(name)
+            if token != self._model.unk_id():
+                return token
+        return None
 
 
 def load_tokenizer(url: str, field: str = "data.tokenizer") -> Tokenizer:

@@ -12,26 +12,42 @@ from collections.abc import Iterator
 from itertools import takewhile
 from typing import Any, NamedTuple
 
-from internlm_trainer.data.tokenizer import Tokenizer
+from internlm_trainer.data.tokenizer import CHAT_PIECES, END_PIECES, Tokenizer
 from internlm_trainer.errors import UserError
 
 _SPACE = "\u2581"
 _BPE = 2
+_SPECIAL = (*END_PIECES, *CHAT_PIECES.values())
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = range(1, 7)
 
 # Wang et al., InternLM (2023): a turn ends with <eoa>, and the open one after `<|Bot|>:`.
 _INTERNLM = (
     "{% for message in messages %}"
-    "{% if message['role'] == 'user' %}{{ bos_token + '<|User|>:' + message['content'] + '<eoh>\\n' }}"
+    "{% if loop.first or (message['role'] == 'user' and loop.previtem['role'] != 'system') %}{{ bos_token }}{% endif %}"
+    "{% if message['role'] == 'user' %}{{ '<|User|>:' + message['content'] + '<eoh>\\n' }}"
     "{% elif message['role'] == 'assistant' %}{{ '<|Bot|>:' + message['content'] + '<eoa>\\n' }}"
-    "{% else %}{{ raise_exception('the roles of this model are user and assistant') }}{% endif %}"
+    "{% elif message['role'] == 'system' %}{{ '<|System|>:' + message['content'] + '\\n' }}"
+    "{% else %}{{ raise_exception('the roles of this model are system, user and assistant') }}{% endif %}"
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|Bot|>:' }}{% endif %}"
 )
-# InternLM2 and later, as many others: ChatML.
+# InternLM2 and later, as many others: ChatML; tools and calls of them as InternLM2's chat_format.md has them.
 _CHATML = (
-    "{{ bos_token }}{% for message in messages %}"
-    "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}{% endfor %}"
+    "{% macro turn(role, content) %}{{ '<|im_start|>' + role + '\\n' + content + '<|im_end|>\\n' }}{% endmacro %}"
+    "{% macro offered() %}{% if tools %}{{ '<|im_start|>system name=<|plugin|>\\n[' }}"
+    "{% for tool in tools %}{{ tool.function | tojson }}{{ '' if loop.last else ', ' }}{% endfor %}"
+    "{{ ']<|im_end|>\\n' }}{% endif %}{% endmacro %}"
+    "{{ bos_token }}{% if messages[0]['role'] != 'system' %}{{ offered() }}{% endif %}"
+    "{% for message in messages %}"
+    "{% if message['role'] == 'tool' %}{{ turn('environment name=<|plugin|>', message['content']) }}"
+    "{% elif message.tool_calls %}{{ '<|im_start|>assistant\\n' + (message['content'] or '') }}"
+    "{% for call in message.tool_calls %}{{ '<|action_start|><|plugin|>\\n' }}"
+    """{{ '{"name": ' + call.function.name | tojson + ', "parameters": ' }}"""
+    "{{ call.function.arguments if call.function.arguments is string else call.function.arguments | tojson }}"
+    "{{ '}<|action_end|>' }}{% endfor %}{{ '<|im_end|>\\n' }}"
+    "{% else %}{{ turn(message['role'], message['content']) }}{% endif %}"
+    "{% if loop.first and message['role'] == 'system' %}{{ offered() }}{% endif %}"
+    "{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
 
@@ -57,13 +73,16 @@ class Model(NamedTuple):
 
 def parse(model: bytes) -> Model:
     """A `.model` file: a protocol buffer of `sentencepiece_model.proto`."""
-    pieces, kind = [], 1
+    pieces, kind = list[Piece](), 1
     normal: dict[int, Any] = {1: b"", 3: 1, 4: 1}
     for number, content in _fields(model):
         if number == 1:
             found = dict(_fields(content))
             score = struct.unpack("<f", found.get(2, bytes(4)))[0]
-            pieces.append(Piece(found[1].decode(), score, found.get(3, _NORMAL)))
+            piece = Piece(found[1].decode(), score, found.get(3, _NORMAL))
+            if shown := CHAT_PIECES.get(piece.text):
+                piece = Piece(shown, score, _USER_DEFINED)
+            pieces.append(piece)
         elif number == 2:
             kind = dict(_fields(content)).get(3, kind)
         elif number == 3:
@@ -172,7 +191,7 @@ def tokenizer_json(model: Model, bos: int) -> dict[str, Any]:
                 "lstrip": False,
                 "rstrip": False,
                 "normalized": False,
-                "special": piece.kind != _USER_DEFINED or piece.text in ("<eoh>", "<eoa>"),
+                "special": piece.kind != _USER_DEFINED or piece.text in _SPECIAL,
             }
             for number, piece in enumerate(model.pieces)
             if piece.kind in (_UNKNOWN, _CONTROL, _USER_DEFINED)

@@ -1,0 +1,131 @@
+"""`internlm chat`: a model tried out in the terminal."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import suppress
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from internlm_trainer.commands.common import sentences, store_errors
+from internlm_trainer.commands.opened import Source, open_model
+
+if TYPE_CHECKING:
+    from internlm_trainer.chat.tools import Tool
+
+TokenizerUrl = Annotated[
+    str | None, typer.Option(help="SentencePiece model. Default: the one the weights were trained with.")
+]
+Context = Annotated[
+    int | None,
+    typer.Option(min=2, help="Tokens that a conversation may have. Default: what it was trained with."),
+]
+Compile = Annotated[
+    bool, typer.Option("--compile", help="Compile for the GPU: the first answer takes a minute longer.")
+]
+Temperature = Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest word each time.")]
+TopP = Annotated[
+    float, typer.Option(min=0.0, max=1.0, help="Draw from the likeliest words of so much probability.")
+]
+TopK = Annotated[int, typer.Option(min=0, help="Draw from so many likeliest words; 0 is no limit.")]
+Penalty = Annotated[float, typer.Option(min=0.01, help="Above 1, words that were there become less likely.")]
+MaxTokens = Annotated[int, typer.Option(min=1, help="Of an answer.")]
+System = Annotated[str, typer.Option(help="What the model is told before the first question.")]
+Tools = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="Lets the model call calculator, module:function, or file.py's functions; may be repeated."
+    ),
+]
+AllowCode = Annotated[
+    bool,
+    typer.Option(
+        "--allow-code", help="Lets the model run Python here, in a process with limits and without network."
+    ),
+]
+
+
+@sentences
+def chat(
+    source: Source,
+    tokenizer: TokenizerUrl = None,
+    question: Annotated[
+        list[str] | None, typer.Option("--question", "-q", help="Ask this and end; may be repeated.")
+    ] = None,
+    complete: Annotated[
+        bool, typer.Option("--complete", help="Continue plain text, for models that were not made for chat.")
+    ] = False,
+    system: System = "",
+    tools: Tools = None,
+    allow_code: AllowCode = False,
+    temperature: Temperature = 0.8,
+    top_p: TopP = 0.8,
+    top_k: TopK = 0,
+    repetition_penalty: Penalty = 1.0,
+    max_tokens: MaxTokens = 1024,
+    stop: Annotated[list[str] | None, typer.Option(help="Text that ends an answer; may be repeated.")] = None,
+    context: Context = None,
+    seed: Annotated[int, typer.Option(help="Of the draws.")] = 0,
+    compiled: Compile = False,
+) -> None:
+    """Talk to a model in the terminal, from a checkpoint or a folder in Hugging Face's or InternLM's format.
+
+    Answers appear as they are made. /reset forgets what was said; Ctrl-C ends an answer, Ctrl-D the chat.
+    """
+    from internlm_trainer.chat.messages import form_of
+    from internlm_trainer.chat.talk import Asking, Chat, Speaker, continued
+    from internlm_trainer.generate import Sampling
+
+    found = chosen_tools(tools, allow_code)
+    with store_errors():
+        opened = open_model(source, tokenizer, context, compiled=compiled)
+    form = None if complete else form_of(opened.tokenizer)
+    speaker = Speaker(opened.decoder.answer, opened.tokenizer, opened.decoder.context, form)
+    talk = None if complete else Chat(speaker, found, system)
+    for number, asked in enumerate(question or _typed()):
+        if talk and asked.strip() == "/reset":
+            talk = Chat(speaker, found, system)
+            continue
+        sampling = Sampling(temperature, top_p, top_k, repetition_penalty, seed + number)
+        asking = Asking(sampling, max_tokens, tuple(stop or ()))
+        if talk:
+            answer = talk.ask(asked, asking)
+        else:
+            answer = continued(speaker, asked, asking)
+        with suppress(KeyboardInterrupt):
+            for event in answer:
+                _show(event)
+        typer.echo()
+
+
+def chosen_tools(given: list[str] | None, code: bool) -> list[Tool]:
+    """The tools of the options `--tools` and `--allow-code`."""
+    from internlm_trainer.chat.tools import PYTHON, load_tools
+
+    return [tool for one in given or () for tool in load_tools(one)] + ([PYTHON] if code else [])
+
+
+def _show(event: object) -> None:
+    from internlm_trainer.chat.messages import Call
+    from internlm_trainer.chat.reading import Piece
+    from internlm_trainer.chat.talk import Result
+
+    if isinstance(event, Piece):
+        typer.secho(event.text, nl=False, dim=event.kind == "thought" or None)
+    elif isinstance(event, Call):
+        typer.secho(f"\n[{event.name} {event.arguments}]", dim=True)
+    elif isinstance(event, Result):
+        typer.secho(f"[= {event.text}]", dim=True)
+
+
+def _typed() -> Iterator[str]:
+    """What is typed, line by line, until Ctrl-D or Ctrl-C."""
+    while True:
+        try:
+            line = input("> " if sys.stdin.isatty() else "")
+        except (EOFError, KeyboardInterrupt):
+            return
+        if line.strip():
+            yield line
