@@ -16,8 +16,7 @@ from internlm_trainer.errors import UserError
 if TYPE_CHECKING:
     from internlm_trainer.data.tokenizer import Tokenizer
     from internlm_trainer.evaluation.likelihood import Scorer
-    from internlm_trainer.evaluation.run import Item, Result, Sample
-    from internlm_trainer.evaluation.tasks import Task
+    from internlm_trainer.evaluation.run import Result, Sample
     from internlm_trainer.weights.source import Weights
 
 app = typer.Typer(
@@ -27,9 +26,9 @@ app = typer.Typer(
 )
 
 
-@app.command("run")
+@app.command()
 @sentences
-def evaluate(
+def run(
     source: Source,
     tasks: Annotated[
         str, typer.Option(help="Names with commas between, such as mmlu,ceval,gsm8k.", show_default=False)
@@ -53,6 +52,16 @@ def evaluate(
     limit: Annotated[
         int | None, typer.Option(min=1, help="Only the first so many questions of each subject, or texts.")
     ] = None,
+    max_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Of a written answer. Default: the task's own.")
+    ] = None,
+    rows: Annotated[int, typer.Option(min=1, help="Answers that are written at once.")] = 8,
+    run_code: Annotated[
+        bool,
+        typer.Option(
+            "--run-code", help="Run the programs that the model writes, in a sandbox: for humaneval."
+        ),
+    ] = False,
     samples: Annotated[
         str | None, typer.Option(help="Write each question with its scores to this file (jsonl).")
     ] = None,
@@ -72,29 +81,28 @@ def evaluate(
 
     Prompts and metrics are those of lm-evaluation-harness. On a GPU in bf16 if there is one, else on the CPU in fp32.
     """
-    from internlm_trainer.evaluation.records import texts
-    from internlm_trainer.evaluation.run import load, summary, task_of
+    from internlm_trainer.evaluation.run import Settings, evaluate, needs_code, prepare
     from internlm_trainer.storage import user_errors, write_whole
 
-    chosen = [task_of(name.strip()) for name in tasks.split(",") if name.strip()]
-    if not chosen and not text:
+    names = [name.strip() for name in tasks.split(",") if name.strip()]
+    if not names and not text:
         raise UserError("--tasks or --text: give what to evaluate on")
+    if unsafe := [name for name in names if needs_code(name) and not run_code]:
+        raise UserError(
+            f"--tasks {unsafe[0]}: runs programs that the model writes; give --run-code if that may be"
+        )
     # Before the weights are read: mistakes in files are found at once.
-    questions = [(task, load(task, data, shots, limit)) for task in chosen]
-    documents = [one for pattern in text or () for one in texts(pattern)][:limit]
-    if text and not documents:
-        raise UserError("--text: there is no text in the files")
+    work = prepare(names, data, text or (), shots, limit)
     with store_errors():
         weights, (scorer, words) = of_newest(
             source, lambda weights: _open(weights, tokenizer, context, batch_tokens)
         )
+    if stride and stride > scorer.context:
+        raise UserError(f"--stride {stride}: a window has {scorer.context} tokens; give no more than that")
     results, lines = [], list[str]()
-    if documents:
-        results.append(_perplexity(scorer, words, documents, stride))
-    for task, items in questions:
-        found = _samples(scorer, words, task, items)
-        results.append(summary(task, found))
-        lines += [_line(task, sample) for sample in found]
+    for result, found in evaluate(scorer, words, work, Settings(stride, rows, max_tokens), bar):
+        results.append(result)
+        lines += [_line(result.task, sample) for sample in found]
     if samples:
         with user_errors(samples, "--samples"), write_whole(samples) as file:
             file.write("".join(lines).encode())
@@ -138,28 +146,9 @@ def _open(
     return Scorer(load_model(weights), tokens, batch_tokens), words
 
 
-def _perplexity(scorer: Scorer, words: Tokenizer, documents: list[str], stride: int | None) -> Result:
-    from internlm_trainer.evaluation.perplexity import perplexity, requests_of
-    from internlm_trainer.evaluation.run import Result
-
-    if stride and stride > scorer.context:
-        raise UserError(f"--stride {stride}: a window has {scorer.context} tokens; give no more than that")
-    parts = requests_of(documents, words, scorer.context, stride or scorer.context)
-    with bar("perplexity", sum(map(len, parts))) as advance:
-        found = perplexity(scorer, documents, parts, advance)
-    return Result("perplexity", 0, len(documents), found.metrics, {})
-
-
-def _samples(scorer: Scorer, words: Tokenizer, task: Task, items: list[Item]) -> list[Sample]:
-    from internlm_trainer.evaluation.run import choose
-
-    with bar(task.name, sum(len(item.question.choices) for item in items)) as advance:
-        return choose(scorer, words, items, advance)
-
-
-def _line(task: Task, sample: Sample) -> str:
+def _line(task: str, sample: Sample) -> str:
     item = sample.item
-    content = {"task": task.name, "subject": item.subject, "prompt": item.prompt, **sample.details}
+    content = {"task": task, "subject": item.subject, "prompt": item.prompt, **sample.details}
     return json.dumps(content | {"scores": sample.scores}, ensure_ascii=False) + "\n"
 
 

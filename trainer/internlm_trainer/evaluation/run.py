@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from itertools import islice
 from typing import Any, NamedTuple
 
 from internlm_trainer.data.tokenizer import Tokenizer
 from internlm_trainer.errors import UserError
 from internlm_trainer.evaluation.likelihood import Likelihood, Progress, Scorer, request_of
-from internlm_trainer.evaluation.records import RecordFile, find
-from internlm_trainer.evaluation.tasks import TASKS, Question, Task
+from internlm_trainer.evaluation.perplexity import perplexity, requests_of
+from internlm_trainer.evaluation.records import RecordFile, find, texts
+from internlm_trainer.evaluation.tasks import TASKS, Question, Task, Writing
+from internlm_trainer.evaluation.writing import grade, write
+from internlm_trainer.generate import Decoder
 from internlm_trainer.storage import join
+
+Bars = Callable[[str, int], AbstractContextManager[Progress]]
 
 
 class Item(NamedTuple):
@@ -35,6 +41,25 @@ class Sample(NamedTuple):
     """What they were found from."""
 
 
+class Work(NamedTuple):
+    """All that a model is evaluated on: questions of tasks, and texts for the perplexity."""
+
+    questions: list[tuple[Task, list[Item]]]
+    texts: list[str]
+
+
+class Settings(NamedTuple):
+    """How it is done.
+
+    stride: of the windows of texts; default: the context.  rows: answers that are written at once.  max_tokens: of an
+    answer; default: the task's own.
+    """
+
+    stride: int | None = None
+    rows: int = 8
+    max_tokens: int | None = None
+
+
 class Result(NamedTuple):
     """Of a task. metrics: means over all questions, with their standard errors; subjects: of each subject."""
 
@@ -50,6 +75,72 @@ def task_of(name: str) -> Task:
     if name not in TASKS:
         raise UserError(f"--tasks: {name} is not known; tasks are {', '.join(TASKS)}")
     return TASKS[name]
+
+
+def needs_code(name: str) -> bool:
+    """Whether a task runs programs that the model writes."""
+    task = task_of(name)
+    return isinstance(task, Writing) and task.program is not None
+
+
+def prepare(
+    tasks: Iterable[str], data: str, text: Iterable[str], shots: int | None, limit: int | None
+) -> Work:
+    """Read what is asked for.  Raises UserError for what is not there or not right."""
+    chosen = [task_of(name) for name in tasks]
+    questions = [(task, load(task, data, shots, limit)) for task in chosen]
+    found = [one for pattern in text for one in texts(pattern)][:limit]
+    if text and not found:
+        raise UserError("--text: there is no text in the files")
+    return Work(questions, found)
+
+
+def evaluate(
+    scorer: Scorer,
+    tokenizer: Tokenizer,
+    work: Work,
+    settings: Settings = Settings(),
+    bars: Bars = lambda *_: nullcontext(_silent),
+) -> Iterator[tuple[Result, list[Sample]]]:
+    """What comes of each part of the work, one after the other.
+
+    bars: makes a progress bar of a name and a total.
+    """
+    if work.texts:
+        parts = requests_of(work.texts, tokenizer, scorer.context, settings.stride or scorer.context)
+        with bars("perplexity", sum(map(len, parts))) as advance:
+            found = perplexity(scorer, work.texts, parts, advance)
+        yield Result("perplexity", 0, len(work.texts), found.metrics, {}), []
+    for task, items in work.questions:
+        choices = sum(len(item.question.choices) for item in items)
+        with bars(task.name, choices or len(items)) as advance:
+            if isinstance(task, Writing):
+                samples = answer(scorer, tokenizer, task, items, settings, advance)
+            else:
+                samples = choose(scorer, tokenizer, items, advance)
+        yield summary(task, samples), samples
+
+
+def answer(
+    scorer: Scorer,
+    tokenizer: Tokenizer,
+    task: Writing,
+    items: Sequence[Item],
+    settings: Settings,
+    progress: Progress,
+) -> list[Sample]:
+    """Write an answer to each question, and grade it."""
+    decoder = Decoder(scorer.model, scorer.context, min(settings.rows, len(items)))
+    tokens = settings.max_tokens or task.max_tokens
+    texts = write(decoder, tokenizer, [item.prompt for item in items], task.stop, tokens, progress)
+    return [
+        Sample(item, grade(task, item.question, text), {"answer": text, "expected": item.question.answer})
+        for item, text in zip(items, texts, strict=True)
+    ]
+
+
+def _silent(_: int) -> None:
+    """Hears progress and says nothing."""
 
 
 def load(task: Task, data: str, shots: int | None, limit: int | None) -> list[Item]:

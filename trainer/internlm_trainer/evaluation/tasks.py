@@ -81,6 +81,8 @@ class Writing(Task):
     """What an answer is worth, in 0 to 1."""
     program: Callable[[Question, str], str] | None = None
     """The program that ends well if the answer is right, for tasks that are graded so."""
+    seconds: int = 10
+    """How long it may take."""
 
 
 def _choice(prompt: str, choices: tuple[str, ...], right: int) -> Question:
