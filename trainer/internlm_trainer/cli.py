@@ -21,6 +21,7 @@ for command in (
     convert.convert_config,
     weights.export,
     chat.chat,
+    chat.serve,
     weights.models,
 ):
     app.command()(command)

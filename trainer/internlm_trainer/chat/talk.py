@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, Protocol
 
 from internlm_trainer.chat.messages import Call, Form, Message, ToolSpec, prompt
 from internlm_trainer.chat.reading import Piece, Reader
@@ -43,13 +43,20 @@ class Result(NamedTuple):
     text: str
 
 
+class Tokens(Protocol):
+    """A request's tokens as they are made; closed, nobody waits for more."""
+
+    def __iter__(self) -> Iterator[Made]: ...
+    def close(self) -> None: ...
+
+
 class Speaker(NamedTuple):
     """What answers: tokens for a request, and how they are made of text.
 
     form: of its prompts; None for a model that only continues plain text.
     """
 
-    source: Callable[[Request], Generator[Made]]
+    source: Callable[[Request], Tokens]
     tokenizer: Tokenizer
     context: int
     form: Form | None
@@ -68,11 +75,11 @@ def reply(
     return _answered(speaker, prompt(form, speaker.tokenizer, messages, tools), form.stop, asking, reader)
 
 
-def continued(speaker: Speaker, text: str, asking: Asking) -> Iterator[Piece | Answer]:
-    """What follows a plain text, piece by piece, then the whole.  Raises as `reply`."""
+def continued(speaker: Speaker, text: str | list[int], asking: Asking) -> Iterator[Piece | Answer]:
+    """What follows a plain text or tokens, piece by piece, then the whole.  Raises as `reply`."""
     words = speaker.tokenizer
-    stop = frozenset({words.eos})
-    return _answered(speaker, [words.bos, *words.encode(text)], stop, asking, Reader(words, asking.stops))
+    ids = [words.bos, *words.encode(text)] if isinstance(text, str) else text
+    return _answered(speaker, ids, frozenset({words.eos}), asking, Reader(words, asking.stops))
 
 
 def _answered(
@@ -85,7 +92,7 @@ def _answered(
     return _read(speaker.source(Request(ids, stop, asking.max_tokens, asking.sampling)), len(ids), reader)
 
 
-def _read(made: Generator[Made], prompt_tokens: int, reader: Reader) -> Iterator[Piece | Answer]:
+def _read(made: Tokens, prompt_tokens: int, reader: Reader) -> Iterator[Piece | Answer]:
     finish: Finish = "stop"
     with closing(made):
         for one in made:

@@ -1,19 +1,23 @@
-"""`internlm chat`: a model tried out in the terminal."""
+"""`internlm chat` and `serve`: a model tried out in the terminal, or over HTTP."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
 from contextlib import suppress
+from functools import partial
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from internlm_trainer.commands.common import sentences, store_errors
 from internlm_trainer.commands.opened import Source, open_model
+from internlm_trainer.errors import UserError
 
 if TYPE_CHECKING:
+    from internlm_trainer.chat.messages import Form
     from internlm_trainer.chat.tools import Tool
+    from internlm_trainer.data.tokenizer import Tokenizer
 
 TokenizerUrl = Annotated[
     str | None, typer.Option(help="SentencePiece model. Default: the one the weights were trained with.")
@@ -98,6 +102,54 @@ def chat(
             for event in answer:
                 _show(event)
         typer.echo()
+
+
+@sentences
+def serve(
+    source: Source,
+    tokenizer: TokenizerUrl = None,
+    host: Annotated[str, typer.Option(help="Address; 0.0.0.0 is all of this machine's.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8000,
+    name: Annotated[
+        str | None, typer.Option(help="Of the model in requests. Default: the last part of SOURCE.")
+    ] = None,
+    rows: Annotated[int, typer.Option(min=1, help="Requests that are answered at a time; others wait.")] = 4,
+    context: Context = None,
+    compiled: Compile = False,
+) -> None:
+    """Serve a model with OpenAI's HTTP interface, to try it out.
+
+    For many users, export the model and serve it with LMDeploy, which is made for that (docs/serve.md). Ctrl-C ends it.
+    """
+    import asyncio
+
+    from internlm_trainer.chat import server
+    from internlm_trainer.chat.engine import Engine
+    from internlm_trainer.chat.talk import Speaker
+
+    listener = server.listen(host, port)
+    with store_errors():
+        opened = open_model(source, tokenizer, context, rows, compiled)
+    typer.echo(
+        "this is for trying a model out; to serve it to others: internlm export, then lmdeploy serve api_server",
+        err=True,
+    )
+    called, engine = name or opened.name, Engine(opened.decoder)
+    words = opened.tokenizer
+    speaker = Speaker(engine.answer, words, opened.decoder.context, form_or_none(words))
+    url = f"http://{host}:{listener.getsockname()[1]}/v1"
+    begun = partial(typer.echo, f"{called} answers at {url}")
+    asyncio.run(server.serve(speaker, engine, called, listener, begun))
+
+
+def form_or_none(tokenizer: Tokenizer) -> Form | None:
+    """The form of a vocabulary's chat, where it has one."""
+    from internlm_trainer.chat.messages import form_of
+
+    try:
+        return form_of(tokenizer)
+    except UserError:
+        return None
 
 
 def chosen_tools(given: list[str] | None, code: bool) -> list[Tool]:

@@ -69,7 +69,7 @@ def of_newest(source: str, work: Callable[[Weights], T]) -> tuple[Weights, T]:
 class Opened(NamedTuple):
     """A model that can be asked.
 
-    name: the last part of its URL, by which it is called over HTTP.
+    name: the last part of its URL that is no step's, by which it is called over HTTP.
     """
 
     decoder: Decoder
@@ -81,6 +81,7 @@ def open_model(
     source: str, tokenizer: str | None, context: int | None, rows: int = 1, compiled: bool = False
 ) -> Opened:
     """The model asked for, with room for `rows` conversations."""
+    from internlm_trainer.checkpoint.format import parse_step
     from internlm_trainer.generate import Decoder
     from internlm_trainer.weights.load import load_model
 
@@ -89,6 +90,7 @@ def open_model(
         if words is None:
             raise UserError("--tokenizer none: a model that is asked needs one")
         decoder = Decoder(load_model(weights), context_of(weights, context), rows, compiled)
-        return Opened(decoder, words, source.rstrip("/").rsplit("/", 1)[-1])
+        parts = [part for part in source.split("/") if part and parse_step(part) is None]
+        return Opened(decoder, words, parts[-1] if parts else "model")
 
     return of_newest(source, work)[1]

@@ -24,7 +24,7 @@ from internlm_trainer.data.tokenizer import Tokenizer, train_tokenizer
 from internlm_trainer.errors import UserError
 from internlm_trainer.generate import Made, Request
 from internlm_trainer.weights.tokenizer_files import tokenizer_files
-from trainer.weights.chatml import chatml_tokenizer
+from trainer.chat.chatml import chatml_tokenizer
 
 
 @pytest.fixture(scope="module")
