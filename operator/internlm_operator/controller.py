@@ -153,17 +153,17 @@ class Controller:
         if known is None or (known.report != report and known.report.gang <= report.gang):
             agents[report.worker] = Agent(report, datetime.now(UTC))
             self._queue.add(key)
-        return directive((self._jobs.get(key) or {}).get("status") or {}, report)
+        return directive(_status_of(self._jobs.get(key)), report)
 
     def attempt_of_pod(self, key: Key, gang: int) -> int:
         """The attempt that a pod belongs to now, which was made for attempt `gang`."""
-        return attempt_of_pods((self._jobs.get(key) or {}).get("status") or {}, gang) or gang
+        return attempt_of_pods(_status_of(self._jobs.get(key)), gang) or gang
 
     def checkpoint_request(self, key: Key) -> str:
         """The name of the checkpoint that is asked for and not there yet; empty for none."""
         job = self._jobs.get(key) or {}
         asked = (job.get("metadata", {}).get("annotations") or {}).get(CHECKPOINT_ANNOTATION, "")
-        done = (job.get("status") or {}).get("checkpointRequest", "")
+        done = _status_of(job).get("checkpointRequest", "")
         return "" if asked == done else str(asked)[:MAX_REQUEST]
 
     def on_report(self, key: Key, report: Report) -> None:
@@ -198,7 +198,7 @@ class Controller:
         job = self._jobs.get(key)
         if job is None:
             return None
-        attempts = (job.get("status") or {}).get("attempts") or []
+        attempts = _status_of(job).get("attempts") or []
         return int(attempts[-1]["number"]) if attempts else 0
 
     def find_pod(self, key: Key, name: str) -> Object | None:
@@ -222,7 +222,7 @@ class Controller:
             return None
         stale = time.monotonic() - self._read_at.get(key, float("-inf")) >= RESYNC_SECONDS
         live = stale and not _is_finished(job)
-        if live and (job.get("status") or {}).get("phase") != "Running":
+        if live and _status_of(job).get("phase") != "Running":
             # Somebody may have deleted what the workers wait for.
             self._applied.pop(key, None)
         try:
@@ -287,11 +287,11 @@ class Controller:
     async def _carry_out(self, key: Key, job: Object, plan: Plan) -> bool:
         """Write the status, then do the actions; True if the outcome should be looked at right away."""
         if plan.status is not None:
-            patch = merge_patch(job.get("status") or {}, plan.status)
+            old = _status_of(job)
+            patch = merge_patch(old, plan.status)
             if patch:
-                old = job.get("status") or {}
                 job = self._keep_job(key, await self._kube.patch_status(job, patch))
-                metrics.note_transition(old, job.get("status") or {}, datetime.now(UTC))
+                metrics.note_transition(old, _status_of(job), datetime.now(UTC))
         limit = asyncio.Semaphore(PARALLEL_REQUESTS)
 
         async def limited(action: Action) -> None:
@@ -380,7 +380,7 @@ class Controller:
     def _keep_excluded(self, key: Key, job: Object) -> None:
         """What this job says against nodes, for the others; it is in its status, and so outlives the operator."""
         self._excluded.pop(key, None)
-        if (job.get("status") or {}).get("excludedNodes"):
+        if _status_of(job).get("excludedNodes"):
             found = [entry for entry in parse_status(job["status"]).excluded_nodes if shared(entry)]
             self._excluded[key] = found
 
@@ -431,8 +431,12 @@ def _key(resource: Object, job_name: str) -> Key:
     return resource["metadata"]["namespace"], job_name
 
 
+def _status_of(job: Object | None) -> Object:
+    return (job or {}).get("status") or {}
+
+
 def _is_finished(job: Object) -> bool:
-    return bool((job.get("status") or {}).get("completionTime"))
+    return bool(_status_of(job).get("completionTime"))
 
 
 def _version(resource: Object) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any, Literal
@@ -137,6 +137,16 @@ class Draft:
         """Pods that must be gone before the current attempt's are made."""
         gang = {pod["metadata"]["uid"] for pod in self.gang()}
         return [pod for pod in self.pods if pod["metadata"]["uid"] not in gang]
+
+    def missing(self, workers: int) -> list[int]:
+        """Which of the current attempt's workers have no pod."""
+        there = {failures.index_of(pod) for pod in self.gang()}
+        return [index for index in range(workers) if index not in there]
+
+    def all_are(self, test: Callable[[Pod], bool], workers: int) -> bool:
+        """Whether all workers of the current attempt have pods, which pass the test."""
+        gang = self.gang()
+        return 0 < len(gang) == workers and all(map(test, gang))
 
     def say(self, type: str, value: bool, reason: str, message: str = "") -> None:
         set_condition(self.status, type, value, reason, message, self.generation, self.now)

@@ -84,8 +84,7 @@ def reconcile(job: Object, observed: Observed, now: datetime) -> Plan:
     draft.status.layout = "zero {}/{}/{}".format(*spec.parallel.zero.degrees(spec.world_size))
 
     _end_if_changed(draft, spec)
-    gang = draft.gang()
-    if len(gang) == spec.nodes and all(map(failures.has_succeeded, gang)):
+    if draft.all_are(failures.has_succeeded, spec.nodes):
         return _succeed(draft)
     if spec.suspend:
         return _suspend(draft)
@@ -122,8 +121,8 @@ def reconcile(job: Object, observed: Observed, now: datetime) -> Plan:
 def _leave_alone(draft: Draft, sentence: str) -> Plan:
     """Begin and restart nothing until the description is edited, as one that another version of the operator took
     may have to be; workers that run go on, and `suspend` still ends them."""
-    gang, desired = draft.gang(), draft.status.workers.desired
-    if gang and len(gang) == desired and all(map(failures.has_succeeded, gang)):
+    desired = draft.status.workers.desired
+    if draft.all_are(failures.has_succeeded, desired):
         return _succeed(draft)
     if (draft.job.get("spec") or {}).get("suspend") is True:
         return _suspend(draft)
@@ -131,7 +130,7 @@ def _leave_alone(draft: Draft, sentence: str) -> Plan:
     if said is None or said.reason != "InvalidSpec":
         draft.event("Warning", "InvalidSpec", sentence)
     _note_resume(draft)
-    if gang and len(gang) == desired and all(map(failures.is_running, gang)):
+    if draft.all_are(failures.is_running, desired):
         draft.stage("Running", "InvalidSpec", f"The workers run, and would not be restarted: {sentence}")
         return draft.plan("Running")
     draft.stage(None, "InvalidSpec", sentence)
@@ -294,12 +293,10 @@ def _failure(draft: Draft, spec: JobSpec) -> Failure | None:
     lost = (pod for pod in gang if draft.health(node_of(pod)).gone and not failures.is_over(pod))
     found += map(failures.on_lost_node, lost)
     if attempt is not None and attempt.formed:
-        there = {failures.index_of(pod) for pod in gang}
         left = inplace.seconds_left(attempt, draft.now)
         if left is not None and left <= 0:
             found.append(inplace.late(attempt, gang, draft.agents))
-        missing = [index for index in range(spec.nodes) if index not in there]
-        found += [failures.lost(worker_name(draft.name, index), index) for index in missing]
+        found += [failures.lost(worker_name(draft.name, index), index) for index in draft.missing(spec.nodes)]
     return failures.root_cause(found)
 
 
@@ -419,8 +416,7 @@ def _form_and_follow(draft: Draft, spec: JobSpec) -> Plan:
 
     gang, others = draft.gang(), draft.others()
     draft.remove(others)
-    there = {failures.index_of(pod) for pod in gang}
-    missing = [index for index in range(spec.nodes) if index not in there]
+    missing = draft.missing(spec.nodes)
     refused = draft.observed.refused
     if missing and refused is not None and refused.is_final:
         return _fail(
