@@ -55,6 +55,17 @@ def test_an_expression_parses_and_names_what_is_served(expression: str) -> None:
     assert used <= {*operator_names(), *trainer_names()}
 
 
+def test_the_documented_metrics_are_those_that_the_operator_serves() -> None:
+    page = (ROOT / "docs" / "operator.md").read_text()
+    documented = set(re.findall(r"^\| `(internlm_\w+)` \|", page, re.MULTILINE))
+    jobs = metrics.JobMetrics(list, lambda: True, lambda: datetime.now(UTC))
+    served = {
+        family.name + ("_total" if family.type == "counter" else "")
+        for family in [*metrics.REGISTRY.collect(), *jobs.collect()]
+    }
+    assert documented == served
+
+
 def test_an_alert_says_what_is_wrong_and_what_to_do() -> None:
     assert len({rule["alert"] for rule in RULES}) == len(RULES)
     for rule in RULES:

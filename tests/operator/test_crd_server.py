@@ -406,7 +406,7 @@ def test_kubectl_prints_how_far_how_fast_and_how_safe_a_job_is(control_plane: Cl
         "restarts": 1,
         "layout": "zero 1/1/4",
         "workers": {"desired": 2, "ready": 2},
-        "lastFailure": {"attempt": 1, "reason": "Evicted", "message": "the node was full"},
+        "lastFailure": {"attempt": 1, "class": "Preemption", "reason": "Evicted", "message": "full"},
     }
     patch_status(control_plane, "printed", status)
 
@@ -428,7 +428,7 @@ def test_kubectl_prints_how_far_how_fast_and_how_safe_a_job_is(control_plane: Cl
         "RESTARTS": "1",
         "ETA": "3d20h",
     }
-    wide = {"NODES": "2", "READY": "2", "LAYOUT": "zero 1/1/4", "LAST FAILURE": "Evicted"}
+    wide = {"NODES": "2", "READY": "2", "LAYOUT": "zero 1/1/4", "LAST FAILURE": "Preemption"}
     assert columns("--output=wide").items() >= wide.items()
 
 
