@@ -13,28 +13,20 @@ from kubernetes import config
 
 from cluster.cluster import Cluster
 from cluster.controlplane import wait_until
-from internlm_operator import crd, kube
+from internlm_operator import crd
 
 sys.path.insert(0, str(Path(__file__).parent))
 
 from operator_process import NAMESPACE, Here, Process
 
+ROOT = Path(__file__).resolve().parents[2]
 
-def documented_rules(own: bool) -> list[dict[str, list[str]]]:
-    """The access rules of `kube`'s docstring; `own`: those for the operator's own namespace."""
-    rules = []
-    rows = [line for line in (kube.__doc__ or "").splitlines() if line.startswith("| ")]
-    for row in rows[1:]:
-        group, resources, verbs, where = (cell.strip() for cell in row.strip("|").split("|"))
-        if (where == "the operator's") == own:
-            rules.append(
-                {
-                    "apiGroups": ["" if group == "(core)" else group],
-                    "resources": resources.split(", "),
-                    "verbs": verbs.replace(" (by name)", "").split(", "),
-                }
-            )
-    return rules
+
+def installed_rules(*roles: str) -> list[dict[str, Any]]:
+    """The access rules of these roles of the plain installation, which is made from the chart."""
+    objects = yaml.safe_load_all((ROOT / "manifests" / "install.yaml").read_text())
+    found = {o["metadata"]["name"]: o["rules"] for o in objects if o["kind"] in ("ClusterRole", "Role")}
+    return [rule for role in roles for rule in found[f"internlm-operator-{role}"]]
 
 
 @pytest.fixture(scope="session")
@@ -44,10 +36,10 @@ def here(control_plane: Cluster, tmp_path_factory: pytest.TempPathFactory) -> It
     subject = {"kind": "ServiceAccount", "name": "operator", "namespace": NAMESPACE}
     rbac = {"apiVersion": "rbac.authorization.k8s.io/v1"}
 
-    def role(name: str, own: bool, kind: str, where: dict[str, str]) -> list[dict[str, Any]]:
+    def role(name: str, rules: list[Any], kind: str, where: dict[str, str]) -> list[dict[str, Any]]:
         reference = {"apiGroup": "rbac.authorization.k8s.io", "kind": kind, "name": name}
         return [
-            rbac | {"kind": kind, "metadata": {"name": name, **where}, "rules": documented_rules(own)},
+            rbac | {"kind": kind, "metadata": {"name": name, **where}, "rules": rules},
             rbac
             | {"kind": f"{kind}Binding", "metadata": {"name": name, **where}, "roleRef": reference}
             | {"subjects": [subject]},
@@ -61,8 +53,8 @@ def here(control_plane: Cluster, tmp_path_factory: pytest.TempPathFactory) -> It
             "kind": "ServiceAccount",
             "metadata": {"name": "operator", "namespace": NAMESPACE},
         },
-        *role(f"{NAMESPACE}-jobs", False, "ClusterRole", {}),
-        *role("own", True, "Role", {"namespace": NAMESPACE}),
+        *role(f"{NAMESPACE}-jobs", installed_rules("jobs", "tokens"), "ClusterRole", {}),
+        *role("own", installed_rules("certificate"), "Role", {"namespace": NAMESPACE}),
     )
     folder = tmp_path_factory.mktemp("operator")
     admin = yaml.safe_load(control_plane.kubeconfig.read_text())
