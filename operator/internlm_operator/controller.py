@@ -17,9 +17,10 @@ from datetime import UTC, datetime
 from typing import Any
 
 from internlm_operator import metrics
-from internlm_operator.api import API_VERSION, KIND, ExcludedNode
+from internlm_operator.api import KIND, ExcludedNode
+from internlm_operator.executor import Executor, RefusedError, last_attempt
 from internlm_operator.inplace import Agent, Directive, attempt_of_pods, directive
-from internlm_operator.kube import FIELD_MANAGER, ApiError, Kube
+from internlm_operator.kube import ApiError, Kube
 from internlm_operator.limits import Buckets
 from internlm_operator.merge import merge_patch
 from internlm_operator.nodes import GONE, NodeHealth, health_of, shared
@@ -31,11 +32,10 @@ from internlm_operator.objects import (
     digest,
     shared_objects,
 )
-from internlm_operator.plan import Action, Apply, Create, Delete, Event, Observed, Plan, node_of, owner_of
+from internlm_operator.plan import Apply, Create, Observed, Plan, node_of
 from internlm_operator.reconcile import reconcile
 from internlm_operator.report import MAX_REQUEST, AgentReport, Report
 from internlm_operator.status import parse_status
-from internlm_operator.times import stamp
 from internlm_operator.waits import Refusal
 from internlm_operator.workqueue import RetryError, WorkQueue
 
@@ -43,23 +43,16 @@ Key = tuple[str, str]
 """(namespace, name) of a job."""
 
 WORKERS = 8
-# Requests of one plan that are under way at once.
-PARALLEL_REQUESTS = 16
 # A watch that was cut off may have lost events; every job that is not finished is read anew this often.
 RESYNC_SECONDS = 300.0
-# Answers to a creation that mean "not like this" or "not now", rather than trouble on the way.
-REFUSALS = (400, 403, 422)
 # At most one reading of all jobs in this time, however many events tell that a watch began anew.
 RELIST_SECONDS = 5.0
-MAX_EVENT_MESSAGE = 1024
 # Deleted nodes that are remembered, until no pod is said to be on them any more.
 MAX_GONE_NODES = 1000
 # Looks at one job for its reports, a second.
 LOOKS_RATE, LOOKS_BURST = 1.0, 5.0
 # Status writes of all jobs that carry only progress, a second; what matters is never held back.
 PROGRESS_WRITES_RATE = 50.0
-# Events of one job: those of a normal life at once, then one in two minutes; what is beyond is in the log.
-EVENTS_RATE, EVENTS_BURST = 1 / 120, 25.0
 
 logger = logging.getLogger(__name__)
 
@@ -69,6 +62,7 @@ class Controller:
 
     def __init__(self, kube: Kube, settings: Settings) -> None:
         self._kube = kube
+        self._executor = Executor(kube)
         self._settings = settings
         self._jobs: dict[Key, Object] = {}
         self._pods: dict[Key, dict[str, Object]] = defaultdict(dict)
@@ -84,15 +78,17 @@ class Controller:
         self._relisted_at = float("-inf")
         self._looks: Buckets[Key] = Buckets(LOOKS_RATE, LOOKS_BURST)
         self._progress_writes: Buckets[None] = Buckets(PROGRESS_WRITES_RATE, PROGRESS_WRITES_RATE)
-        self._events: Buckets[Key] = Buckets(EVENTS_RATE, EVENTS_BURST)
         self._listening_since = datetime.now(UTC)
         self._queue = WorkQueue(self._reconcile)
 
     async def run(self, stop: asyncio.Event) -> None:
         """Lead: work on jobs until `stop` or until cancelled."""
-        # Another replica may have led since: what was applied, refused or read before says nothing now.
-        for memory in (self._applied, self._refused, self._read_at):
+        # Another replica may have led since: what was heard, applied, refused or read before says nothing now.
+        memories: list[dict[Key, Any]] = [self._reports, self._agents]
+        memories += [self._applied, self._refused, self._read_at]
+        for memory in memories:
             memory.clear()
+        self._listening_since = datetime.now(UTC)
         for key in self._jobs:
             self._queue.add(key)
         await self._queue.run(WORKERS, stop)
@@ -196,10 +192,7 @@ class Controller:
     def current_attempt(self, key: Key) -> int | None:
         """Number of the job's last attempt, 0 before the first; None for a job that is not known (yet)."""
         job = self._jobs.get(key)
-        if job is None:
-            return None
-        attempts = _status_of(job).get("attempts") or []
-        return int(attempts[-1]["number"]) if attempts else 0
+        return None if job is None else last_attempt(job)
 
     def find_pod(self, key: Key, name: str) -> Object | None:
         """The job's pod of this name, if the cache has it."""
@@ -228,10 +221,10 @@ class Controller:
         try:
             if live:
                 job = await self._read(key)
-            plan = reconcile(job, self._observe(key), datetime.now(UTC)) if job else Plan()
+            plan = reconcile(job, self.observe(key), datetime.now(UTC)) if job else Plan()
             if plan.important and not live:
                 job = await self._read(key)
-                plan = reconcile(job, self._observe(key), datetime.now(UTC)) if job else Plan()
+                plan = reconcile(job, self.observe(key), datetime.now(UTC)) if job else Plan()
             if job is None:
                 return None
             now = time.monotonic()
@@ -269,7 +262,8 @@ class Controller:
         self._read_at[key] = time.monotonic()
         return self._keep_job(key, job)
 
-    def _observe(self, key: Key) -> Observed:
+    def observe(self, key: Key) -> Observed:
+        """What is known of a job besides itself."""
         report, report_time = self._reports.get(key, (None, None))
         return Observed(
             settings=self._settings,
@@ -292,15 +286,9 @@ class Controller:
             if patch:
                 job = self._keep_job(key, await self._kube.patch_status(job, patch))
                 metrics.note_transition(old, _status_of(job), datetime.now(UTC))
-        limit = asyncio.Semaphore(PARALLEL_REQUESTS)
-
-        async def limited(action: Action) -> None:
-            async with limit:
-                await self._do(job, action)
-
         try:
             for kind, actions in itertools.groupby(plan.actions, type):
-                await _all([limited(action) for action in actions])
+                await self._executor.carry_out(job, list(actions))
                 if kind is Apply:
                     self._applied[key] = digest(*shared_objects(job, self._settings))
                 if kind is Create:
@@ -309,55 +297,10 @@ class Controller:
             known = self._refused.get(key)
             self._refused[key] = error.refusal
             reason = error.refusal.reason
-            about = {"job": "/".join(key), "attempt": self.current_attempt(key), "reason": reason}
+            about = {"job": "/".join(key), "attempt": last_attempt(job), "reason": reason}
             logger.warning("%s", error.refusal.message, extra=about)
             return known != error.refusal
         return False
-
-    async def _do(self, job: Object, action: Action) -> None:
-        namespace, name = job["metadata"]["namespace"], job["metadata"]["name"]
-        about = {"job": f"{namespace}/{name}", "attempt": self.current_attempt((namespace, name))}
-        match action:
-            case Apply(manifest) | Create(manifest):
-                try:
-                    await self._make(job, action)
-                except ApiError as error:
-                    if error.code in REFUSALS:
-                        refusal = Refusal(error.code, error.message, manifest["kind"])
-                        raise RefusedError(refusal) from error
-                    raise
-            case Delete(kind, other, uid, grace):
-                logger.info("deletes %s %s", kind, other, extra=about)
-                await self._kube.delete(kind, namespace, other, uid, grace)
-            case Event(type, reason, message):
-                level = logging.INFO if type == "Normal" else logging.WARNING
-                logger.log(level, "%s", message, extra=about | {"reason": reason})
-                if not self._events.take((namespace, name), time.monotonic()):
-                    metrics.EVENTS_DROPPED.inc()
-                    return
-                try:
-                    await self._kube.create(_event(job, action))
-                except ApiError as error:
-                    logger.warning("no event: %s", error, extra=about)
-
-    async def _make(self, job: Object, action: Apply | Create) -> None:
-        """Raises RefusedError where an object of this name is another's, which must not be changed."""
-        kind, name = action.object["kind"], action.object["metadata"]["name"]
-        namespace = job["metadata"]["namespace"]
-        if isinstance(action, Create):
-            made = await self._kube.create(action.object)
-            known = made or await self._kube.get(kind, namespace, name)
-        else:
-            known = await self._kube.look(kind, namespace, name)
-        if known is not None and owner_of(known) != job["metadata"]["uid"]:
-            sentence = f"{kind} {name} exists and is not this job's: delete it, or give the job another name."
-            raise RefusedError(Refusal(409, sentence, kind))
-        if isinstance(action, Apply):
-            await self._kube.apply(action.object)
-        elif known is not None and JOB_LABEL not in (known["metadata"].get("labels") or {}):
-            await self._kube.delete(kind, namespace, name, known["metadata"]["uid"])
-            sentence = f"Pod {name} lost its label {JOB_LABEL}, by which it is found, and is deleted."
-            raise RefusedError(Refusal(409, sentence, kind))
 
     # Caches
 
@@ -412,21 +355,6 @@ class Controller:
                 self._queue.add(key, after=1.0)
 
 
-class RefusedError(Exception):
-    """One of the job's objects cannot be made as it is, or not now."""
-
-    def __init__(self, refusal: Refusal) -> None:
-        super().__init__(refusal.message)
-        self.refusal = refusal
-
-
-async def _all(coroutines: list[Any]) -> None:
-    """Await all; then raise the first error, so that none is still under way when the next step begins."""
-    for result in await asyncio.gather(*coroutines, return_exceptions=True):
-        if isinstance(result, BaseException):
-            raise result
-
-
 def _key(resource: Object, job_name: str) -> Key:
     return resource["metadata"]["namespace"], job_name
 
@@ -465,30 +393,4 @@ def _slim(pod: Object) -> Object:
         "metadata": {key: metadata[key] for key in _METADATA if key in metadata},
         "spec": {key: value for key, value in (pod.get("spec") or {}).items() if key == "nodeName"},
         "status": {key: status[key] for key in _STATUS if key in status},
-    }
-
-
-def _event(job: Object, event: Event) -> Object:
-    metadata, now = job["metadata"], stamp(datetime.now(UTC))
-    return {
-        "apiVersion": "v1",
-        "kind": "Event",
-        "metadata": {"generateName": f"{metadata['name']}.", "namespace": metadata["namespace"]},
-        "involvedObject": {
-            "apiVersion": API_VERSION,
-            "kind": KIND,
-            "name": metadata["name"],
-            "namespace": metadata["namespace"],
-            "uid": metadata["uid"],
-            "resourceVersion": metadata["resourceVersion"],
-        },
-        "type": event.type,
-        "reason": event.reason,
-        "message": event.message[:MAX_EVENT_MESSAGE],
-        "source": {"component": FIELD_MANAGER},
-        "reportingComponent": FIELD_MANAGER,
-        "reportingInstance": FIELD_MANAGER,
-        "firstTimestamp": now,
-        "lastTimestamp": now,
-        "count": 1,
     }

@@ -1,0 +1,46 @@
+"""What the controller keeps in its memory, and for how long."""
+
+from __future__ import annotations
+
+import asyncio
+from datetime import UTC, datetime
+from typing import Any
+
+from kubernetes.aio import client
+from operator_world import SETTINGS, make_job, make_report
+
+from internlm_operator.controller import Controller
+from internlm_operator.kube import Kube
+from internlm_operator.report import AgentReport
+
+KEY = ("default", "job")
+
+
+def with_controller(script: Any) -> None:
+    """Run `script(controller)` with one that reaches no API server: it must not need any."""
+
+    async def main() -> None:
+        async with Kube(client.ApiClient(client.Configuration(host="http://127.0.0.1:9"))) as kube:
+            await script(Controller(kube, SETTINGS))
+
+    asyncio.run(main())
+
+
+def test_a_replica_that_comes_to_lead_has_heard_nothing_before() -> None:
+    """Another one led, to whom the reports went: neither its silence nor its own old reports count."""
+
+    async def script(controller: Controller) -> None:
+        controller.on_job(None, make_job())
+        controller.on_report(KEY, make_report())
+        controller.on_agent(KEY, AgentReport(worker=0, gang=1, attempt=1))
+        stop = asyncio.Event()
+        stop.set()
+        led = datetime.now(UTC)
+        await controller.run(stop)
+        observed = controller.observe(KEY)
+        assert observed.report is None
+        assert not observed.agents
+        assert observed.listening_since is not None
+        assert observed.listening_since >= led
+
+    with_controller(script)
