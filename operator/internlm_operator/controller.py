@@ -7,6 +7,7 @@ progress is made again on what the API server says at that moment before it is c
 from __future__ import annotations
 
 import asyncio
+import functools
 import itertools
 import logging
 import random
@@ -18,6 +19,7 @@ from typing import Any
 
 from internlm_operator import metrics
 from internlm_operator.api import KIND, ExcludedNode
+from internlm_operator.caches import Pods, trim_job, version
 from internlm_operator.executor import Executor, RefusedError, last_attempt
 from internlm_operator.inplace import Agent, Directive, attempt_of_pods, directive
 from internlm_operator.kube import ApiError, Kube
@@ -29,10 +31,9 @@ from internlm_operator.objects import (
     JOB_LABEL,
     Object,
     Settings,
-    digest,
-    shared_objects,
+    shared_digest,
 )
-from internlm_operator.plan import Apply, Create, Observed, Plan, node_of
+from internlm_operator.plan import Action, Apply, Create, Event, Observed, Plan, node_of
 from internlm_operator.reconcile import reconcile
 from internlm_operator.report import MAX_REQUEST, AgentReport, Report
 from internlm_operator.status import parse_status
@@ -42,9 +43,11 @@ from internlm_operator.workqueue import RetryError, WorkQueue
 Key = tuple[str, str]
 """(namespace, name) of a job."""
 
-WORKERS = 8
+WORKERS = 32
 # A watch that was cut off may have lost events; every job that is not finished is read anew this often.
 RESYNC_SECONDS = 300.0
+# But no more of them a second than this.
+RESYNC_RATE = 10.0
 # At most one reading of all jobs in this time, however many events tell that a watch began anew.
 RELIST_SECONDS = 5.0
 # Deleted nodes that are remembered, until no pod is said to be on them any more.
@@ -65,7 +68,7 @@ class Controller:
         self._executor = Executor(kube)
         self._settings = settings
         self._jobs: dict[Key, Object] = {}
-        self._pods: dict[Key, dict[str, Object]] = defaultdict(dict)
+        self._pods: dict[Key, Pods] = defaultdict(Pods)
         self._nodes: dict[str, NodeHealth] = {}
         self._excluded: dict[Key, list[ExcludedNode]] = {}
         self._reports: dict[Key, tuple[Report, datetime]] = {}
@@ -73,7 +76,7 @@ class Controller:
         self._applied: dict[Key, str] = {}
         self._refused: dict[Key, Refusal] = {}
         self._read_at: dict[Key, float] = {}
-        self._reading: dict[Key, set[str]] = {}
+        self._meanwhile: dict[Key, dict[str, bool]] = {}
         self._watched: set[str] = set()
         self._relisted_at = float("-inf")
         self._looks: Buckets[Key] = Buckets(LOOKS_RATE, LOOKS_BURST)
@@ -105,27 +108,28 @@ class Controller:
                 self._forget(key)
         else:
             self._note_watched(type, job)
-            self._keep_job(key, job)
-            self._queue.add(key)
+            if type == "ADDED" and known is None and not job.get("status"):
+                # A job that is born before our eyes has nothing yet that would have to be read.
+                self._read_at[key] = time.monotonic()
+            # What this process wrote itself is known already.
+            if self._keep_job(key, job) is not known:
+                self._queue.add(key)
 
     def on_pod(self, type: str | None, pod: Object) -> None:
         """A watch event of a pod with the job's label."""
-        metadata = pod["metadata"]
-        key = _key(pod, (metadata.get("labels") or {}).get(JOB_LABEL, ""))
-        pods = self._pods[key]
-        known = pods.get(metadata["uid"])
+        key = _key(pod, (pod["metadata"].get("labels") or {}).get(JOB_LABEL, ""))
+        uid, pods = pod["metadata"]["uid"], self._pods[key]
         if type == "DELETED":
-            self._watched.discard(metadata["uid"])
-            pods.pop(metadata["uid"], None)
-            if key in self._reading:
-                self._reading[key].add(metadata["uid"])
+            self._watched.discard(uid)
+            news = pods.drop(pod)
         else:
             self._note_watched(type, pod)
-            if known is None or _version(known) <= _version(pod):
-                pods[metadata["uid"]] = _slim(pod)
+            news = pods.put(pod)
+        if key in self._meanwhile:
+            self._meanwhile[key][uid] = type != "DELETED"
         if not pods:
             del self._pods[key]
-        if key in self._jobs:
+        if news and key in self._jobs:
             self._queue.add(key)
 
     def on_node(self, type: str | None, node: Object) -> None:
@@ -139,7 +143,7 @@ class Controller:
         for oldest in gone[:-MAX_GONE_NODES]:
             del self._nodes[oldest]
         for key, pods in self._pods.items():
-            if key in self._jobs and any(node_of(pod) == name for pod in pods.values()):
+            if key in self._jobs and any(node_of(pod) == name for pod in pods):
                 self._queue.add(key)
 
     def on_agent(self, key: Key, report: AgentReport) -> Directive:
@@ -196,7 +200,7 @@ class Controller:
 
     def find_pod(self, key: Key, name: str) -> Object | None:
         """The job's pod of this name, if the cache has it."""
-        return next((p for p in self._pods.get(key, {}).values() if p["metadata"]["name"] == name), None)
+        return self._pods[key].find(name) if key in self._pods else None
 
     # Work on one job
 
@@ -210,55 +214,69 @@ class Controller:
             metrics.RECONCILE.labels(result).observe(time.monotonic() - begun)
 
     async def _look(self, key: Key) -> float | None:
-        job = self._jobs.get(key)
-        if job is None:
-            return None
-        stale = time.monotonic() - self._read_at.get(key, float("-inf")) >= RESYNC_SECONDS
-        live = stale and not _is_finished(job)
-        if live and _status_of(job).get("phase") != "Running":
-            # Somebody may have deleted what the workers wait for.
-            self._applied.pop(key, None)
+        """One look: decide, and carry it out; the seconds until the next one."""
+        # Whether pods are there, as the watch told it during this look: answers to it may be older.
+        self._meanwhile[key] = {}
         try:
-            if live:
-                job = await self._read(key)
-            plan = reconcile(job, self.observe(key), datetime.now(UTC)) if job else Plan()
-            if plan.important and not live:
-                job = await self._read(key)
-                plan = reconcile(job, self.observe(key), datetime.now(UTC)) if job else Plan()
-            if job is None:
-                return None
-            now = time.monotonic()
-            if plan.status is not None and not plan.important and not self._progress_writes.take(None, now):
-                return self._progress_writes.wait(None, now) + random.uniform(0.0, 1.0)  # noqa: S311
-            repeat = await self._carry_out(key, job, plan)
+            return await self._decide(key)
         except ApiError as error:
             if error.code == 409:
                 self._read_at.pop(key, None)
             raise RetryError(str(error)) from error
-        if repeat:
+        finally:
+            del self._meanwhile[key]
+
+    async def _decide(self, key: Key) -> float | None:
+        job = self._jobs.get(key)
+        if job is None:
+            return None
+        live = self._is_due_to_be_read(key, job)
+        if live and _status_of(job).get("phase") != "Running":
+            # Somebody may have deleted what the workers wait for.
+            self._applied.pop(key, None)
+        if live:
+            job = await self._read(key)
+        plan = reconcile(job, self.observe(key), datetime.now(UTC)) if job else Plan()
+        if plan.decisive and not live:
+            job = await self._read(key)
+            plan = reconcile(job, self.observe(key), datetime.now(UTC)) if job else Plan()
+        if job is None:
+            return None
+        now = time.monotonic()
+        if plan.status is not None and not plan.important and not self._progress_writes.take(None, now):
+            return self._progress_writes.wait(None, now) + random.uniform(0.0, 1.0)  # noqa: S311
+        if await self._carry_out(key, job, plan):
             return 0.0
+        if plan.important and plan.status is not None:
+            self._queue.add(key)
         if _is_finished(job):
             return plan.wake_after
         return min(RESYNC_SECONDS, plan.wake_after if plan.wake_after is not None else RESYNC_SECONDS)
 
+    def _is_due_to_be_read(self, key: Key, job: Object) -> bool:
+        """Whether to read a job and its pods anew: at first, and then once in a while."""
+        seconds = max(RESYNC_SECONDS, len(self._jobs) / RESYNC_RATE)
+        return not _is_finished(job) and time.monotonic() - self._read_at.get(key, -seconds) >= seconds
+
     async def _read(self, key: Key) -> Object | None:
         """Fetch the job and its pods into the caches; None if the job is gone."""
         namespace, name = key
-        self._reading[key] = set()
-        try:
-            job = await self._kube.get(KIND, namespace, name)
-            pods = await self._kube.pods_of(namespace, name) if job else []
-            gone = self._reading[key]
-        finally:
-            del self._reading[key]
+        job = await self._kube.get(KIND, namespace, name)
         if job is None:
             self._forget(key)
             return None
-        found = {pod["metadata"]["uid"]: _slim(pod) for pod in pods if pod["metadata"]["uid"] not in gone}
+        found = Pods()
+        async for pod in self._kube.pods_of(namespace, name):
+            found.put(pod)
+        told = self._meanwhile[key]
+        for pod in list(found):
+            if not told.get(pod["metadata"]["uid"], True):
+                found.drop(pod)
+        for pod in self._pods.pop(key, ()):
+            if told.get(pod["metadata"]["uid"]):
+                found.put(pod)
         if found:
             self._pods[key] = found
-        else:
-            self._pods.pop(key, None)
         self._read_at[key] = time.monotonic()
         return self._keep_job(key, job)
 
@@ -267,7 +285,7 @@ class Controller:
         report, report_time = self._reports.get(key, (None, None))
         return Observed(
             settings=self._settings,
-            pods=list(self._pods.get(key, {}).values()),
+            pods=list(self._pods.get(key, ())),
             report=report,
             report_time=report_time,
             applied=self._applied.get(key, ""),
@@ -287,10 +305,11 @@ class Controller:
                 job = self._keep_job(key, await self._kube.patch_status(job, patch))
                 metrics.note_transition(old, _status_of(job), datetime.now(UTC))
         try:
-            for kind, actions in itertools.groupby(plan.actions, type):
-                await self._executor.carry_out(job, list(actions))
-                if kind is Apply:
-                    self._applied[key] = digest(*shared_objects(job, self._settings))
+            for kind, actions in itertools.groupby(plan.actions, _step):
+                together = list(actions)
+                await self._executor.carry_out(job, together, functools.partial(self._keep_pod, key))
+                if any(isinstance(action, Apply) for action in together):
+                    self._applied[key] = shared_digest(job, self._settings)
                 if kind is Create:
                     self._refused.pop(key, None)
         except RefusedError as error:
@@ -304,18 +323,25 @@ class Controller:
 
     # Caches
 
+    def _keep_pod(self, key: Key, type: str, pod: Object) -> None:
+        """Note an answer of the API server, which may be older than what the watch told."""
+        if type == "DELETED":
+            self._pods[key].drop(pod)
+        elif self._meanwhile[key].get(pod["metadata"]["uid"], True):
+            self._pods[key].put(pod)
+
     def _keep_job(self, key: Key, job: Object) -> Object:
         """Cache the job unless a newer version is there; returns what the cache has then."""
         known = self._jobs.get(key)
         same = known is not None and known["metadata"]["uid"] == job["metadata"]["uid"]
-        if known is not None and same and _version(known) > _version(job):
+        if known is not None and same and version(known) >= version(job):
             return known
         if not same:
             self._reports.pop(key, None)
             self._agents.pop(key, None)
             self._applied.pop(key, None)
             self._refused.pop(key, None)
-        job = {**job, "metadata": {k: v for k, v in job["metadata"].items() if k != "managedFields"}}
+        job = trim_job(job)
         self._jobs[key] = job
         self._keep_excluded(key, job)
         return job
@@ -359,38 +385,14 @@ def _key(resource: Object, job_name: str) -> Key:
     return resource["metadata"]["namespace"], job_name
 
 
+def _step(action: Action) -> type[Action]:
+    """Actions of one step that follow each other are done at once; the Events of a beginning need not come first."""
+    return Apply if isinstance(action, Event) else type(action)
+
+
 def _status_of(job: Object | None) -> Object:
     return (job or {}).get("status") or {}
 
 
 def _is_finished(job: Object) -> bool:
     return bool(_status_of(job).get("completionTime"))
-
-
-def _version(resource: Object) -> int:
-    """The resourceVersion, a number that grows (documented since Kubernetes 1.35)."""
-    text = resource["metadata"].get("resourceVersion", "")
-    return int(text) if text.isdecimal() else 0
-
-
-_METADATA = (
-    "name",
-    "namespace",
-    "uid",
-    "resourceVersion",
-    "labels",
-    "ownerReferences",
-    "deletionTimestamp",
-    "deletionGracePeriodSeconds",
-)
-_STATUS = ("phase", "reason", "message", "conditions", "containerStatuses", "initContainerStatuses")
-
-
-def _slim(pod: Object) -> Object:
-    """What decisions need of a pod: a tenth of its size."""
-    metadata, status = pod["metadata"], pod.get("status") or {}
-    return {
-        "metadata": {key: metadata[key] for key in _METADATA if key in metadata},
-        "spec": {key: value for key, value in (pod.get("spec") or {}).items() if key == "nodeName"},
-        "status": {key: status[key] for key in _STATUS if key in status},
-    }

@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
+from typing import Literal
 
 from internlm_operator import metrics
 from internlm_operator.api import API_VERSION, KIND
@@ -18,7 +19,7 @@ from internlm_operator.times import stamp
 from internlm_operator.waits import Refusal
 
 # Requests of one plan that are under way at once.
-PARALLEL_REQUESTS = 16
+PARALLEL_REQUESTS = 32
 # Answers to a creation that mean "not like this" or "not now", rather than trouble on the way.
 REFUSALS = (400, 403, 422)
 MAX_EVENT_MESSAGE = 1024
@@ -36,6 +37,10 @@ class RefusedError(Exception):
         self.refusal = refusal
 
 
+Tell = Callable[[Literal["MODIFIED", "DELETED"], Object], None]
+"""Takes what a watch would tell of a pod."""
+
+
 class Executor:
     """Does what plans say, with so many requests at once."""
 
@@ -43,36 +48,43 @@ class Executor:
         self._kube = kube
         self._events: Buckets[tuple[str, str]] = Buckets(EVENTS_RATE, EVENTS_BURST)
 
-    async def carry_out(self, job: Object, actions: Sequence[Action]) -> None:
-        """Do these actions at the same time.
+    async def carry_out(self, job: Object, actions: Sequence[Action], tell: Tell) -> None:
+        """Do these actions at the same time, and tell what became of pods before any watch does.
 
         Raises RefusedError, and ApiError, of the first that fails, when none is under way any more.
         """
         limit = asyncio.Semaphore(PARALLEL_REQUESTS)
+        deleted = [f"{action.kind} {action.name}" for action in actions if isinstance(action, Delete)]
+        if deleted:
+            more = f" and {len(deleted) - 1} more" if len(deleted) > 1 else ""
+            logger.info("deletes %s%s", deleted[0], more, extra=_about(job))
 
         async def limited(action: Action) -> None:
             async with limit:
-                await self._do(job, action)
+                await self._do(job, action, tell)
 
         for result in await asyncio.gather(*map(limited, actions), return_exceptions=True):
             if isinstance(result, BaseException):
                 raise result
 
-    async def _do(self, job: Object, action: Action) -> None:
-        namespace, name = job["metadata"]["namespace"], job["metadata"]["name"]
-        about = {"job": f"{namespace}/{name}", "attempt": last_attempt(job)}
+    async def _do(self, job: Object, action: Action, tell: Tell) -> None:
+        namespace, name, about = job["metadata"]["namespace"], job["metadata"]["name"], _about(job)
         match action:
             case Apply(manifest) | Create(manifest):
                 try:
-                    await self._make(job, action)
+                    pod = await self._make(job, action)
                 except ApiError as error:
                     if error.code in REFUSALS:
                         refusal = Refusal(error.code, error.message, manifest["kind"])
                         raise RefusedError(refusal) from error
                     raise
+                if pod is not None:
+                    tell("MODIFIED", pod)
             case Delete(kind, other, uid, grace):
-                logger.info("deletes %s %s", kind, other, extra=about)
-                await self._kube.delete(kind, namespace, other, uid, grace)
+                left = await self._kube.delete(kind, namespace, other, uid, grace)
+                if kind == "Pod":
+                    gone = {"metadata": {"name": other, "uid": uid}}
+                    tell("DELETED" if left is None else "MODIFIED", left or gone)
             case Event(type, reason, message):
                 level = logging.INFO if type == "Normal" else logging.WARNING
                 logger.log(level, "%s", message, extra=about | {"reason": reason})
@@ -84,8 +96,11 @@ class Executor:
                 except ApiError as error:
                     logger.warning("no event: %s", error, extra=about)
 
-    async def _make(self, job: Object, action: Apply | Create) -> None:
-        """Raises RefusedError where an object of this name is another's, which must not be changed."""
+    async def _make(self, job: Object, action: Apply | Create) -> Object | None:
+        """The pod that was made, or is there.
+
+        Raises RefusedError where an object of this name is another's, which must not be changed.
+        """
         kind, name = action.object["kind"], action.object["metadata"]["name"]
         namespace = job["metadata"]["namespace"]
         if isinstance(action, Create):
@@ -102,12 +117,18 @@ class Executor:
             await self._kube.delete(kind, namespace, name, known["metadata"]["uid"])
             sentence = f"Pod {name} lost its label {JOB_LABEL}, by which it is found, and is deleted."
             raise RefusedError(Refusal(409, sentence, kind))
+        return known if isinstance(action, Create) else None
 
 
 def last_attempt(job: Object) -> int:
     """Number of the job's last attempt, 0 before the first."""
     attempts = (job.get("status") or {}).get("attempts") or []
     return int(attempts[-1]["number"]) if attempts else 0
+
+
+def _about(job: Object) -> Object:
+    """For the log."""
+    return {"job": f"{job['metadata']['namespace']}/{job['metadata']['name']}", "attempt": last_attempt(job)}
 
 
 def _event(job: Object, event: Event) -> Object:

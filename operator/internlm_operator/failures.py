@@ -21,6 +21,7 @@ CONTAINER = "trainer"
 # What a restart would only meet again: a mistake in the job, and training that goes wrong on the same data.
 FINAL = frozenset({"UserError", "Diverged"})
 OUT_OF_MEMORY = "OutOfMemory"
+LOST = "PodLost"
 MAX_MESSAGE = 1024
 
 # What gloo, NCCL, TCPStore and torchrun say when the *other* side went away.
@@ -95,9 +96,12 @@ def is_terminating(pod: Pod) -> bool:
 def is_over(pod: Pod) -> bool:
     """No container of the pod runs any more. The kubelet says so of each container before it does of the pod."""
     status = pod.get("status") or {}
-    states = [container.get("state") or {} for container in status.get("containerStatuses") or []]
-    ended = bool(states) and all("terminated" in state for state in states)
-    return ended or status.get("phase") in ("Succeeded", "Failed")
+    if status.get("phase") in ("Succeeded", "Failed"):
+        return True
+    containers = status.get("containerStatuses") or []
+    return bool(containers) and all(
+        "terminated" in (container.get("state") or {}) for container in containers
+    )
 
 
 def is_running(pod: Pod) -> bool:
@@ -114,9 +118,11 @@ def has_succeeded(pod: Pod) -> bool:
 
 def termination(pod: Pod) -> Termination | None:
     """The trainer's own word on its end; None if it left none, and the message is the log's tail."""
-    terminated = trainer_state(pod).get("terminated") or {}
+    text = (trainer_state(pod).get("terminated") or {}).get("message")
+    if not text:
+        return None
     try:
-        content = json.loads(terminated.get("message") or "")
+        content = json.loads(text)
     except ValueError:
         return None
     if not isinstance(content, dict) or not isinstance(content.get("reason"), str):
@@ -159,7 +165,7 @@ def failure_of(pod: Pod) -> Failure | None:
 
 def lost(name: str, index: int) -> Failure:
     """The failure of a pod that is simply not there any more."""
-    return Failure("PodLost", f"Pod {name} vanished: it was deleted, or its node was.", name, index)
+    return Failure(LOST, f"Pod {name} vanished: it was deleted, or its node was.", name, index)
 
 
 def on_lost_node(pod: Pod) -> Failure:

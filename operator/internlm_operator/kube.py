@@ -6,7 +6,7 @@ The rights that they need are those of the chart (`templates/rbac.yaml`): a test
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from types import TracebackType
 from typing import Self
 from urllib.parse import quote
@@ -20,6 +20,8 @@ from internlm_operator.objects import JOB_LABEL, Object
 
 FIELD_MANAGER = "internlm-operator"
 TIMEOUT_SECONDS = 30.0
+# Pods of one answer: some megabytes, which take some hundredths of a second to parse.
+PAGE = 500
 _RESOURCES = {
     "Pod": ("/api/v1", "pods"),
     "Service": ("/api/v1", "services"),
@@ -102,11 +104,18 @@ class Kube:
                 return None
             raise
 
-    async def pods_of(self, namespace: str, job_name: str) -> list[Object]:
+    async def pods_of(self, namespace: str, job_name: str) -> AsyncIterator[Object]:
         """The pods with the job's label, as they are now."""
-        query = [("labelSelector", f"{JOB_LABEL}={job_name}")]
-        answer = await self._call("GET", _path("Pod", namespace), query=query)
-        return answer.get("items") or []
+        query = [("labelSelector", f"{JOB_LABEL}={job_name}"), ("limit", str(PAGE))]
+        following: list[tuple[str, str]] = []
+        while True:
+            answer = await self._call("GET", _path("Pod", namespace), query=query + following)
+            for pod in answer.get("items") or []:
+                yield pod
+            token = (answer.get("metadata") or {}).get("continue")
+            if not token:
+                return
+            following = [("continue", token)]
 
     async def can_list_jobs(self, namespace: str | None) -> bool:
         """Whether the API server knows the custom resource."""
@@ -151,16 +160,20 @@ class Kube:
 
     async def delete(
         self, kind: str, namespace: str, name: str, uid: str, grace_seconds: int | None = None
-    ) -> None:
-        """Delete this very object; one that is gone, or is another one of this name by now, is left alone."""
+    ) -> Object | None:
+        """Delete this very object, and give it as it is then.
+
+        None for one that is gone, or is another one of this name by now, which is left alone.
+        """
         options: Object = {"preconditions": {"uid": uid}, "propagationPolicy": "Background"}
         if grace_seconds is not None:
             options["gracePeriodSeconds"] = grace_seconds
         try:
-            await self._call("DELETE", _path(kind, namespace, name), options)
+            return await self._call("DELETE", _path(kind, namespace, name), options)
         except ApiError as error:
-            if error.code not in (404, 409):
-                raise
+            if error.code in (404, 409):
+                return None
+            raise
 
     async def patch_status(self, job: Object, patch: Object) -> Object:
         """Merge `patch` into the job's status, if the job is still the one given (by its resourceVersion).

@@ -26,6 +26,8 @@ from internlm_operator.waits import Refusal
 
 # The kubelet kills at the end of the grace; if the pod is still there this much later, its node is gone.
 OVERDUE_SECONDS = 30
+# Pods that one plan makes, and that it deletes: a look at a job of thousands stays short, and the next one goes on.
+BURST = 32
 
 
 @dataclass(frozen=True)
@@ -76,7 +78,7 @@ class Observed:
     report_time: datetime | None = None
     """When it came."""
     applied: str = ""
-    """`objects.digest` of the service and the ConfigMap as this process last applied them."""
+    """`objects.shared_digest` of the service and the ConfigMap as this process last applied them."""
     refused: Refusal | None = None
     """Why the job's objects could not be made the last time."""
     nodes: Mapping[str, NodeHealth] = field(default_factory=dict)
@@ -99,7 +101,9 @@ class Plan:
     wake_after: float | None = None
     """Seconds after which time alone may change the plan."""
     important: bool = False
-    """More than progress: to be decided on what the API server says now, not on a cache."""
+    """More than progress: not to be put off."""
+    decisive: bool = False
+    """It rests on pods that are not there: to be decided on what the API server says now, not on a cache."""
 
 
 class Draft:
@@ -117,6 +121,8 @@ class Draft:
         self.actions: list[Action] = []
         self.wake_after: float | None = None
         self.urgent = False
+        self.rests_on_absence = False
+        self._gangs: dict[str | None, list[Pod]] = {}
         # A pod that only carries our label is not ours, and neither is one of a deleted job of this name.
         self.pods = sorted(
             (pod for pod in observed.pods if owner_of(pod) == job["metadata"]["uid"]), key=failures.index_of
@@ -126,7 +132,9 @@ class Draft:
         """The current attempt's pods."""
         attempt = current_attempt(self.status)
         number = str(inplace.pods_of(attempt)) if attempt else None
-        return [pod for pod in self.pods if self.attempt_of(pod) == number]
+        if number not in self._gangs:
+            self._gangs[number] = [pod for pod in self.pods if self.attempt_of(pod) == number]
+        return self._gangs[number]
 
     @staticmethod
     def attempt_of(pod: Pod) -> str:
@@ -168,19 +176,34 @@ class Draft:
         seconds = max(seconds, 0.1)
         self.wake_after = seconds if self.wake_after is None else min(self.wake_after, seconds)
 
+    def go_on(self) -> None:
+        """Look again at once: this plan does a part of what there is to do."""
+        self.wake_after = 0.0
+
     def remove(self, pods: list[Pod], grace_seconds: int | None = None) -> None:
         """Delete pods, and take those out of the way whose node does not answer any more."""
-        for pod in pods:
+        unwanted = [pod for pod in pods if not self._may_end_by_itself(pod)]
+        for pod in unwanted[:BURST]:
             metadata = pod["metadata"]
-            since = seconds_since(metadata.get("deletionTimestamp"), self.now)
-            if self.health(node_of(pod)).gone:
-                self.actions.append(Delete("Pod", metadata["name"], metadata["uid"], 0))
-            elif since is None:
-                self.actions.append(Delete("Pod", metadata["name"], metadata["uid"], grace_seconds))
-            elif since >= OVERDUE_SECONDS:
-                self.actions.append(Delete("Pod", metadata["name"], metadata["uid"], 0))
-            else:
-                self.wake(OVERDUE_SECONDS - since)
+            hopeless = metadata.get("deletionTimestamp") or self.health(node_of(pod)).gone
+            self.actions.append(
+                Delete("Pod", metadata["name"], metadata["uid"], 0 if hopeless else grace_seconds)
+            )
+        if len(unwanted) > BURST:
+            self.go_on()
+
+    def _may_end_by_itself(self, pod: Pod) -> bool:
+        """Whether a pod was told to end, and its node may still do it in time."""
+        metadata = pod["metadata"]
+        since = seconds_since(metadata.get("deletionTimestamp"), self.now)
+        if since is None:
+            return False
+        if metadata.get("deletionGracePeriodSeconds") == 0:
+            return True  # only a finalizer, which is somebody else's, holds it now
+        if since >= OVERDUE_SECONDS or self.health(node_of(pod)).gone:
+            return False
+        self.wake(OVERDUE_SECONDS - since)
+        return True
 
     def health(self, node: str) -> NodeHealth:
         return self.observed.nodes.get(node, NodeHealth())
@@ -202,7 +225,7 @@ class Draft:
             return Plan(None, self.actions, self.wake_after, False)
         created = parse_time(self.job["metadata"].get("creationTimestamp")) or parse_time(status.start_time)
         status.goodput = goodput.advance(self.stored, status, created or self.now, self.now)
-        return Plan(dump_status(status), self.actions, self.wake_after, important)
+        return Plan(dump_status(status), self.actions, self.wake_after, important, self.rests_on_absence)
 
 
 def node_of(pod: Pod) -> str:

@@ -36,7 +36,7 @@ from internlm_operator.failures import Failure
 from internlm_operator.health import note_health
 from internlm_operator.manifest import JobError, parse_job
 from internlm_operator.objects import Object, worker_name
-from internlm_operator.plan import Apply, Create, Delete, Draft, Observed, Plan, node_of
+from internlm_operator.plan import BURST, Apply, Create, Delete, Draft, Observed, Plan, node_of
 from internlm_operator.recovery import Verdict, could_save, decide, note_failure, restart_delay
 from internlm_operator.status import (
     MAX_ATTEMPTS,
@@ -97,6 +97,7 @@ def reconcile(job: Object, observed: Observed, now: datetime) -> Plan:
         if failure is not None and _may_be_secondary(draft, failure):
             return draft.plan(draft.status.phase)
         if failure is not None:
+            draft.rests_on_absence = failure.reason == failures.LOST
             verdict = _judge(draft, spec, failure)
             if verdict.action == "Fail":
                 return _fail(draft, verdict.reason, verdict.message)
@@ -354,6 +355,7 @@ def _make_room(draft: Draft, spec: JobSpec) -> Plan | None:
 def _begin_attempt(draft: Draft, spec: JobSpec, gang: int | None = None) -> None:
     """`gang`: the attempt whose pods it uses, instead of new ones."""
     attempts = draft.status.attempts
+    draft.rests_on_absence |= gang is None and bool(attempts)
     number = attempts[-1].number + 1 if attempts else 1
     if gang is not None:
         excluded = attempts[-1].excluded_nodes
@@ -385,8 +387,9 @@ def _excluded_nodes(draft: Draft) -> list[str]:
 def _dissolve_if_stuck(draft: Draft) -> None:
     """End an attempt that finds no node while some are left out: a node under suspicion is better than none."""
     attempt = current_attempt(draft.status)
-    unscheduled = any((start_problem(pod) or ("",))[0] == "Unschedulable" for pod in draft.gang())
-    if attempt is None or not attempt.excluded_nodes or not unscheduled:
+    if attempt is None or not attempt.excluded_nodes:
+        return
+    if not any((start_problem(pod) or ("",))[0] == "Unschedulable" for pod in draft.gang()):
         return
     age = seconds_since(attempt.start_time, draft.now) or 0.0
     if age < STUCK_SECONDS:
@@ -408,7 +411,7 @@ def _form_and_follow(draft: Draft, spec: JobSpec) -> Plan:
     """Make the pods that the current attempt lacks, then say how far their start is."""
     attempt = current_attempt(draft.status)
     assert attempt is not None
-    wanted = objects.digest(*objects.shared_objects(draft.job, draft.observed.settings))
+    wanted = objects.shared_digest(draft.job, draft.observed.settings)
     if wanted != draft.observed.applied and not any(isinstance(action, Apply) for action in draft.actions):
         _share(draft)
 
@@ -428,8 +431,10 @@ def _form_and_follow(draft: Draft, spec: JobSpec) -> Plan:
             Create(
                 objects.worker_pod(draft.job, spec, attempt.number, index, settings, attempt.excluded_nodes)
             )
-            for index in missing
+            for index in missing[:BURST]
         ]
+        if len(missing) > BURST and refused is None:
+            draft.go_on()
     attempt.formed = attempt.formed or not missing
 
     started = [pod for pod in gang if failures.is_running(pod) or failures.has_succeeded(pod)]

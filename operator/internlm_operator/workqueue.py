@@ -1,5 +1,8 @@
 """A queue of keys for a bounded number of workers; no key is worked on twice at once.
 
+A key rests after its work for as long as that took, and longer: what is told of it meanwhile is answered together.
+Work that costs much, since the key has many parts that change, is so done seldom, and other work at once.
+
 The semantics are those of the work queue of Kubernetes' own controllers
 (https://pkg.go.dev/k8s.io/client-go/util/workqueue): a key that is added while it waits is there once, one
 that is added while it is worked on comes again afterwards, and one whose work failed comes back after a
@@ -18,6 +21,8 @@ from internlm_operator.metrics import QUEUE_DELAY, QUEUE_DEPTH
 
 MIN_DELAY = 0.2
 MAX_DELAY = 60.0
+# A key rests so many times as long as its last work took, at most so many seconds.
+REST, MAX_REST = 2.0, 1.0
 
 logger = logging.getLogger(__name__)
 
@@ -28,7 +33,8 @@ Key = TypeVar("Key", bound=Hashable)
 class WorkQueue(Generic[Key]):
     """Keys wait here until `work` is done on them.
 
-    `work(key)` returns the seconds after which to look at the key again, or None: only when it is added.
+    `work(key)` returns the seconds after which to look at the key again, or None: only when it is added.  0 is
+    for work that is not done yet, and goes on without a rest.
     """
 
     def __init__(self, work: Callable[[Key], Awaitable[float | None]]) -> None:
@@ -91,19 +97,28 @@ class WorkQueue(Generic[Key]):
             key = self._ready.popleft()
             QUEUE_DELAY.observe(asyncio.get_running_loop().time() - self._waiting.pop(key))
             self._busy.add(key)
+            rest = 0.0
             try:
-                await self._work_on(key)
+                rest = await self._work_on(key)
             finally:
-                self._busy.discard(key)
-            if key in self._again:
-                self._again.discard(key)
-                self.add(key)
+                if rest:
+                    asyncio.get_running_loop().call_later(rest, self._rested, key)
+                else:
+                    self._rested(key)
 
-    async def _work_on(self, key: Key) -> None:
+    def _rested(self, key: Key) -> None:
+        self._busy.discard(key)
+        if key in self._again:
+            self._again.discard(key)
+            self.add(key)
+
+    async def _work_on(self, key: Key) -> float:
+        """Seconds that the key rests then."""
         # A wake-up that was asked for before is answered now; the work says when it wants the next.
         timer = self._timers.pop(key, None)
         if timer is not None:
             timer.cancel()
+        begun = asyncio.get_running_loop().time()
         try:
             after = await self._work(key)
         except Exception as error:
@@ -113,10 +128,12 @@ class WorkQueue(Generic[Key]):
             expected = isinstance(error, RetryError)
             logger.warning("%s: %s; trying again in %.1f s", key, error, delay, exc_info=not expected)
             self.add(key)
-        else:
-            self._failures.pop(key, None)
-            if after is not None:
-                self.add(key, after)
+            return 0.0
+        self._failures.pop(key, None)
+        if after is not None:
+            self.add(key, after)
+        took = asyncio.get_running_loop().time() - begun
+        return 0.0 if after == 0 else min(REST * took, MAX_REST)
 
 
 class RetryError(Exception):

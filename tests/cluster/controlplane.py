@@ -130,6 +130,8 @@ class ControlPlane:
         self._kubernetes(
             "kube-scheduler",
             f"--kubeconfig={self.kubeconfig('scheduler')}",
+            "--kube-api-qps=500",
+            "--kube-api-burst=1000",
             "--leader-elect=false",
             "--secure-port=0",
             FEATURES,

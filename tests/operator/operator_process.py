@@ -36,9 +36,10 @@ def free_port() -> int:
 class Process:
     """`internlm-operator run`, as the service account `operator`."""
 
-    def __init__(self, folder: Path, kubeconfig: Path) -> None:
+    def __init__(self, folder: Path, kubeconfig: Path, lease_seconds: int = 3) -> None:
         self.log = folder / "operator.log"
         self.kubeconfig = kubeconfig
+        self.lease_seconds = lease_seconds
         self.port, self.health = free_port(), free_port()
         self.process: subprocess.Popen[bytes] | None = None
 
@@ -52,7 +53,7 @@ class Process:
         ]
         command += ["--node-condition=GPUMissing=True"]
         command += [f"--channel-port={self.port}", f"--liveness={self.health}"]
-        command += ["--lease-seconds=3", "--certificate-check-seconds=1"]
+        command += [f"--lease-seconds={self.lease_seconds}", "--certificate-check-seconds=1"]
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
                 command, env=environment | {"KUBECONFIG": str(self.kubeconfig)}, stdout=log, stderr=log

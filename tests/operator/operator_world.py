@@ -136,24 +136,24 @@ class World:
                 return plan
         raise AssertionError(f"does not come to rest: {plan}")
 
-    def carry_out(self, plan: Plan, actions: int | None = None) -> None:
+    def carry_out(self, plan: Plan, actions: int | None = None, seen: dict[str, Any] | None = None) -> None:
+        """`seen`: the job that the plan was made for, which may have been edited since."""
         if actions == -1:
             return
         if plan.status is not None:
             patch = merge_patch(self.status, plan.status)
             self.job["status"] = apply_merge_patch(self.status, patch)
             assert self.job["status"] == plan.status
-            metadata = self.job["metadata"]
-            metadata["resourceVersion"] = str(int(metadata["resourceVersion"]) + 1)
+            self._touch()
+            seen = self.job
         for action in plan.actions[:actions]:
-            self.do(action)
+            self.do(action, seen or self.job)
 
-    def do(self, action: Action) -> None:
+    def do(self, action: Action, job: dict[str, Any]) -> None:
         match action:
             case Apply(manifest):
-                shared = objects.shared_objects(self.job, SETTINGS)
-                assert manifest in shared
-                self.applied = objects.digest(*shared)
+                assert manifest in objects.shared_objects(job, SETTINGS)
+                self.applied = objects.shared_digest(job, SETTINGS)
             case Create(manifest):
                 if self.refused is None:
                     self._create(copy.deepcopy(manifest))
@@ -245,6 +245,11 @@ class World:
     def edit(self, **spec: Any) -> None:
         self.job["spec"] |= spec
         self.job["metadata"]["generation"] += 1
+        self._touch()
+
+    def _touch(self) -> None:
+        metadata = self.job["metadata"]
+        metadata["resourceVersion"] = str(int(metadata["resourceVersion"]) + 1)
 
     # Short ways to a state
 

@@ -9,6 +9,7 @@ from typing import Any
 from kubernetes.aio import client
 from operator_world import SETTINGS, make_job, make_report
 
+from internlm_operator.caches import Pods, trim_pod
 from internlm_operator.controller import Controller
 from internlm_operator.kube import Kube
 from internlm_operator.report import AgentReport
@@ -44,3 +45,26 @@ def test_a_replica_that_comes_to_lead_has_heard_nothing_before() -> None:
         assert observed.listening_since >= led
 
     with_controller(script)
+
+
+def pod(uid: str, version: int, phase: str = "Pending", **metadata: Any) -> dict[str, Any]:
+    return {
+        "metadata": {"name": "job-worker-0", "uid": uid, "resourceVersion": str(version)} | metadata,
+        "spec": {"nodeName": "node-0", "containers": [{"name": "trainer"}]},
+        "status": {"phase": phase, "podIP": "10.0.0.1"},
+    }
+
+
+def test_what_comes_late_changes_nothing_and_only_what_matters_is_news() -> None:
+    pods = Pods()
+    assert pods.put(pod("a", 5))
+    assert not pods.put(pod("a", 4, "Running"))
+    assert not pods.put(pod("a", 6, annotations={"by": "somebody"}))
+    assert [p["status"]["phase"] for p in pods] == ["Pending"]
+    assert pods.put(pod("a", 7, "Running"))
+    assert not pods.put(pod("a", 6))
+    assert pods.put(pod("b", 8))  # it took the name over; the first one's end is told later
+    assert pods.drop(pod("a", 9))
+    assert not pods.drop(pod("a", 9))
+    assert pods.find("job-worker-0") == trim_pod(pod("b", 8))
+    assert len(pods) == 1

@@ -8,7 +8,7 @@ import pytest
 from operator_world import START, World, make_report, message
 
 from internlm_operator import objects
-from internlm_operator.plan import Apply, Create, Delete
+from internlm_operator.plan import BURST, Apply, Create, Delete
 from internlm_operator.times import stamp
 from internlm_operator.waits import Refusal
 
@@ -350,3 +350,42 @@ def test_a_status_that_somebody_broke_is_made_whole_again() -> None:
     world.start()
     assert world.phase == "Running"
     assert world.status["restarts"] == 3
+
+
+# Thousands of workers
+
+
+def test_a_big_gang_is_made_and_removed_in_parts_and_each_look_goes_on_where_the_last_one_ended() -> None:
+    world = World(nodes=2 * BURST + 1)
+    for part, looks_again in ((BURST, True), (BURST, True), (1, False)):
+        plan = world.step()
+        assert len(actions(plan, Create)) == part
+        assert (plan.wake_after == 0) is looks_again
+    world.start()
+    assert world.phase == "Running"
+    world.edit(suspend=True)
+    for part, looks_again in ((BURST, True), (BURST, True), (1, False)):
+        plan = world.step()
+        assert len(actions(plan, Delete)) == part
+        assert (plan.wake_after == 0) is looks_again
+    world.reap()
+    world.settle()
+    assert world.phase == "Suspended"
+
+
+def test_a_big_gang_whose_pods_are_refused_is_not_tried_without_a_pause() -> None:
+    world = World(nodes=BURST + 1)
+    world.refused = Refusal(403, "exceeded quota")
+    world.step()
+    plan = world.plan()
+    assert len(actions(plan, Create)) == BURST
+    assert plan.wake_after == 10
+
+
+def test_a_pod_that_only_a_finalizer_holds_is_not_deleted_again_and_again() -> None:
+    world = World()
+    world.start()
+    world.pod(0)["metadata"] |= {"deletionTimestamp": stamp(START), "deletionGracePeriodSeconds": 0}
+    world.wait(1000)
+    plan = world.plan()
+    assert [action.name for action in actions(plan, Delete)] == ["job-worker-1"]

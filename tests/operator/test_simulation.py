@@ -1,12 +1,14 @@
 """A job through every failure at every moment: the operator keeps its rules and comes to rest.
 
-The operator here is `reconcile` and the shell's rule about caches: a plan that does more than note progress
-is made on what is there now, any other one may be made on an old view.  It may die between any two actions.
+The operator here is `reconcile` and the shell's rules about caches: a plan that begins or ends an attempt is made
+on what is there now, any other one may be made on an old view, in which the operator's own writes are, and its status
+is refused if the job has changed since.  It may die between any two actions, and begins by reading all then.
 """
 
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from datetime import timedelta
 from typing import Any
 
@@ -19,7 +21,7 @@ from internlm_operator import failures, inplace, objects
 from internlm_operator.api import ExcludedNode, Goodput
 from internlm_operator.goodput import KINDS, total
 from internlm_operator.nodes import GONE, NodeHealth
-from internlm_operator.plan import Observed
+from internlm_operator.plan import Create, Delete, Observed, Plan
 from internlm_operator.reconcile import reconcile
 from internlm_operator.recovery import CLUSTERS
 from internlm_operator.times import parse_time, stamp
@@ -37,6 +39,10 @@ LIMITS: tuple[dict[str, object], ...] = (
     {"cleanPodPolicy": "All", "startupDeadlineSeconds": 1},
 )
 REFUSALS = (None, Refusal(403, "exceeded quota"), Refusal(409, "exists", "Service"))
+
+
+def version_of(job: dict[str, Any]) -> str:
+    return str(job["metadata"]["resourceVersion"])
 
 
 class JobLife(RuleBasedStateMachine):
@@ -68,7 +74,7 @@ class JobLife(RuleBasedStateMachine):
             "windowSeconds": window,
         }
         self.world = World(nodes=nodes, recovery=recovery, suspend=suspend, **extra)
-        self.cached: tuple[dict[str, object], Observed] = (copy.deepcopy(self.world.job), Observed(SETTINGS))
+        self.cached: tuple[dict[str, Any], Observed] = (copy.deepcopy(self.world.job), Observed(SETTINGS))
         self.terminal: list[object] | None = None
         self.restarts = 0
         self.checkpoint = 0
@@ -86,14 +92,31 @@ class JobLife(RuleBasedStateMachine):
         world = self.world
         if world.deleted_job:
             return
-        plan = reconcile(*copy.deepcopy(self.cached), world.now)
-        if plan.important:
-            plan = world.plan()
-        elif self.cached[0]["metadata"]["resourceVersion"] != world.job["metadata"]["resourceVersion"]:  # type: ignore[index]
-            return  # the status write is refused: the job is not the one that was looked at
-        world.carry_out(plan, dies_after)
+        job, observed = self.cached
+        plan = reconcile(copy.deepcopy(job), copy.deepcopy(observed), world.now)
+        if plan.decisive:
+            self.caches_catch_up()
+            (job, _), plan = self.cached, world.plan()
+        elif plan.status is not None and version_of(job) != version_of(world.job):
+            self.caches_catch_up()  # the write is refused
+            return
+        world.carry_out(plan, dies_after, job)
         if dies_after is not None:
             world.report, world.applied = None, ""
+            self.caches_catch_up()
+        else:
+            self._remember(plan)
+
+    def _remember(self, plan: Plan) -> None:
+        """Put the answers to the operator's own writes into its caches."""
+        job, observed = self.cached
+        if plan.status is not None:
+            job = copy.deepcopy(self.world.job)
+        names = {a.object["metadata"]["name"] for a in plan.actions if isinstance(a, Create)}
+        names |= {a.name for a in plan.actions if isinstance(a, Delete)}
+        kept = [pod for pod in observed.pods if pod["metadata"]["name"] not in names]
+        kept += [copy.deepcopy(pod) for name, pod in self.world.pods.items() if name in names]
+        self.cached = job, replace(observed, pods=kept, applied=self.world.applied)
 
     @rule()
     def caches_catch_up(self) -> None:
@@ -107,6 +130,7 @@ class JobLife(RuleBasedStateMachine):
             if world.deleted_job:
                 return
             plan = world.step()
+            self.caches_catch_up()
             self.restarts_without_progress_stay_within_their_limits()  # a deadline may pass in the next round
             world.reap()
             world.wait(plan.wake_after or 0)
@@ -281,7 +305,13 @@ class JobLife(RuleBasedStateMachine):
     def restarts_without_progress_stay_within_their_limits(self) -> None:
         status, recovery = self.world.status, self.world.job["spec"]["recovery"]
         furthest = max([status.get("checkpoint", {}).get("step", 0), *self._starts()])
-        if furthest > self.furthest or self.person_looked:
+        # A person's edit counts once the operator has seen it, by which time its own counts are gone.
+        seen = (
+            self.person_looked
+            and not status.get("attemptsWithoutProgress")
+            and not status.get("recentRestarts")
+        )
+        if furthest > self.furthest or seen:
             self.restarted_at, self.own_failures, self.person_looked = [], 0, False
         self.furthest = max(furthest, self.furthest)
         for attempt in status.get("attempts") or []:
@@ -374,6 +404,8 @@ class JobLife(RuleBasedStateMachine):
         world.job["spec"].pop("optimiser", None)
         world.refused = None
         world.edit(suspend=False)
+        # One that is complete and deleted would leave a job that succeeds with fewer pods than it had.
+        world.reap()
         for _ in range(60):
             self._calm_round(world)
             if world.deleted_job or (world.phase in TERMINAL and not world.plan().actions):

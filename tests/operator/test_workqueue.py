@@ -142,3 +142,22 @@ def test_what_is_under_way_is_ended_at_a_stop_and_nothing_else_is_begun() -> Non
 
     asyncio.run(main())
     assert done == ["a"]
+
+
+def test_what_is_added_while_a_key_rests_after_costly_work_is_answered_together() -> None:
+    times: list[tuple[float, float]] = []
+
+    async def work(_: str) -> None:
+        loop = asyncio.get_running_loop()
+        begun = loop.time()
+        await asyncio.sleep(0.02)
+        times.append((begun, loop.time()))
+
+    async def script(queue: WorkQueue[str]) -> None:
+        while len(times) < 4:
+            queue.add("a")
+            await asyncio.sleep(0.001)
+
+    run(work, script)
+    for (begun, ended), (following, _) in itertools.pairwise(times):
+        assert following - ended >= 1.9 * (ended - begun)
