@@ -43,7 +43,7 @@ from internlm_operator.workqueue import RetryError, WorkQueue
 Key = tuple[str, str]
 """(namespace, name) of a job."""
 
-WORKERS = 32
+WORKERS = 8
 # A watch that was cut off may have lost events; every job that is not finished is read anew this often.
 RESYNC_SECONDS = 300.0
 # But no more of them a second than this.
