@@ -96,6 +96,12 @@ def shared(entry: ExcludedNode) -> bool:
     return entry.class_ == "Hardware"
 
 
+def cap(nodes: Mapping[str, NodeHealth], percent: int) -> int:
+    """How many nodes may be left out at once: this share of those that are there, but one at least; 0: none."""
+    known = sum(not health.gone for health in nodes.values())
+    return max(1, known * percent // 100) if percent else 0
+
+
 def left_out(
     own: Iterable[ExcludedNode],
     others: Iterable[ExcludedNode],

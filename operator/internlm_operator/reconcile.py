@@ -43,6 +43,7 @@ from internlm_operator.status import (
     condition,
     current_attempt,
     holds,
+    is_finished,
     reset_budget,
     take_last_step,
     take_report,
@@ -74,8 +75,8 @@ def reconcile(job: Object, observed: Observed, now: datetime) -> Plan:
     draft = Draft(job, observed, now)
     _adopt(draft)
     _note_progress(draft)
-    if holds(draft.status, "Succeeded") or holds(draft.status, "Failed"):
-        return _clean_up(draft)
+    if is_finished(draft.status):
+        return _stay_finished(draft)
     try:
         spec = parse_job(job).spec
     except JobError as error:
@@ -154,6 +155,7 @@ def _note_progress(draft: Draft) -> None:
     if not status.attempts:
         return
     last = status.attempts[-1]
+    stored = last.end_step or 0
     inplace.note_ready(last, status.workers.desired, draft.agents)
     report = observed.report
     if report is not None and observed.report_time is not None and report.attempt == last.number:
@@ -164,7 +166,7 @@ def _note_progress(draft: Draft) -> None:
         if of_last and word is not None and word.reason in ("Completed", "Stopped") and word.step is not None:
             take_last_step(status, word.step)
             # The pod goes soon, and its message with it.
-            draft.urgent |= word.step > (draft.stored.attempts[-1].end_step or 0)
+            draft.urgent |= word.step > stored
 
 
 # The end of the job
@@ -174,7 +176,7 @@ def _finish(draft: Draft, reason: str) -> None:
     attempt = current_attempt(draft.status)
     if attempt is not None:
         attempt.end_time, attempt.reason = stamp(draft.now), reason
-    draft.status.completion_time = stamp(draft.now)
+    draft.status.completion_time = draft.status.completion_time or stamp(draft.now)
     draft.stage(None, "Finished")
     draft.say("Restarting", False, "NotRestarting")
     draft.say("Suspended", False, "NotSuspended")
@@ -186,7 +188,8 @@ def _succeed(draft: Draft) -> Plan:
     message = f"Training completed{f' at step {progress}' if progress else ''}."
     draft.say("Succeeded", True, "Completed", message)
     draft.say("Failed", False, "Completed")
-    draft.event("Normal", "Succeeded", message)
+    if not holds(draft.stored, "Succeeded"):
+        draft.event("Normal", "Succeeded", message)
     return _clean_up(draft)
 
 
@@ -194,8 +197,20 @@ def _fail(draft: Draft, reason: str, message: str) -> Plan:
     _finish(draft, reason)
     draft.say("Succeeded", False, "Failed")
     draft.say("Failed", True, reason, message)
-    draft.event("Warning", reason, message)
+    if not holds(draft.stored, "Failed"):
+        draft.event("Warning", reason, message)
     return _clean_up(draft)
+
+
+def _stay_finished(draft: Draft) -> Plan:
+    """A finished job is never started again, whatever somebody made of its status."""
+    status, verdict = draft.status, condition(draft.status, "Failed")
+    reason, succeeded = status.attempts[-1].reason if status.attempts else "", holds(status, "Succeeded")
+    if reason == "Completed" if succeeded == holds(status, "Failed") else succeeded:
+        return _succeed(draft)
+    if verdict is not None and verdict.status == "True":
+        return _fail(draft, verdict.reason, verdict.message)
+    return _fail(draft, reason or "Error", status.last_failure.message if status.last_failure else "")
 
 
 def _clean_up(draft: Draft) -> Plan:
@@ -267,6 +282,7 @@ def _note_resume(draft: Draft) -> None:
 
 
 def _not_finished(draft: Draft) -> None:
+    draft.status.completion_time = ""
     draft.say("Succeeded", False, "NotFinished")
     draft.say("Failed", False, "NotFinished")
 
@@ -377,10 +393,7 @@ def _begin_attempt(draft: Draft, spec: JobSpec, gang: int | None = None) -> None
 
 def _excluded_nodes(draft: Draft) -> list[str]:
     observed, now = draft.observed, draft.now
-    known = sum(not health.gone for health in observed.nodes.values())
-    most = max(1, known * observed.settings.max_excluded_percent // 100)
-    if not observed.settings.max_excluded_percent:
-        most = 0
+    most = nodes.cap(observed.nodes, observed.settings.max_excluded_percent)
     return nodes.left_out(draft.status.excluded_nodes, observed.excluded, observed.nodes, most, now)
 
 
@@ -396,10 +409,8 @@ def _dissolve_if_stuck(draft: Draft) -> None:
         draft.wake(STUCK_SECONDS - age)
         return
     attempt.end_time, attempt.reason = stamp(draft.now), STUCK
-    away = ", ".join(attempt.excluded_nodes)
-    draft.event(
-        "Warning", "NodesReadmitted", f"There are no nodes but {away}: the next attempt may use them."
-    )
+    text = f"There are no nodes but {', '.join(attempt.excluded_nodes)}: the next attempt may use them."
+    draft.event("Warning", "NodesReadmitted", text)
 
 
 def _share(draft: Draft) -> None:

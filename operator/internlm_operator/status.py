@@ -83,6 +83,13 @@ def current_attempt(status: JobStatus) -> Attempt | None:
     return status.attempts[-1] if status.attempts and not status.attempts[-1].end_time else None
 
 
+def is_finished(status: JobStatus) -> bool:
+    """Whether the job is over: what two of three places say, since a hand may have changed one of them."""
+    verdict = holds(status, "Succeeded") or holds(status, "Failed")
+    ended = bool(status.attempts) and current_attempt(status) is None
+    return [bool(status.completion_time), verdict, ended].count(True) >= 2
+
+
 def take_report(status: JobStatus, report: Report, time: datetime) -> None:
     """Put a report of the last attempt into the status.
 

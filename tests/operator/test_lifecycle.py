@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Iterator
 from datetime import timedelta
 from typing import Any
 
@@ -324,6 +326,56 @@ def test_a_job_whose_description_is_unknown_can_be_suspended_to_edit_it() -> Non
     world.reap()
     world.settle()
     assert world.phase == "Suspended"
+
+
+def lives() -> dict[str, World]:
+    """Jobs in the states that they may be in for long."""
+    made = {name: World() for name in ("Running", "Succeeded", "Failed", "Suspended")}
+    for world in made.values():
+        world.start()
+        world.tell(make_report(step=120))
+        world.settle()
+    made["Succeeded"].complete(0, 1)
+    made["Failed"].end(0, 65, message("UserError", "no such file"))
+    made["Suspended"].edit(suspend=True)
+    for world in made.values():
+        world.settle()
+        world.reap()
+        world.settle()
+    return made
+
+
+def edits(status: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """The status with any one field taken out or emptied, or any one condition taken out or turned."""
+    for name, value in status.items():
+        yield {key: other for key, other in status.items() if key != name}
+        yield status | {name: type(value)()}
+    for index, condition in enumerate(status["conditions"]):
+        others = status["conditions"][:index] + status["conditions"][index + 1 :]
+        turned = condition | {"status": "False" if condition["status"] == "True" else "True"}
+        yield status | {"conditions": others}
+        yield status | {"conditions": [*others, turned]}
+    yield status | {"completionTime": "2026-01-01T00:00:00Z"}
+
+
+@pytest.mark.parametrize("phase", ["Running", "Succeeded", "Failed"])
+def test_a_status_that_somebody_edited_is_corrected_and_the_job_goes_on_or_stays_finished(phase: str) -> None:
+    before = lives()[phase]
+    assert before.phase == phase
+    for status in edits(before.status):
+        world = copy.deepcopy(before)
+        world.job["status"] = copy.deepcopy(status)
+        world.settle()
+        world.wait(400)
+        world.settle()
+        changed = {key for key in status | before.status if status.get(key) != before.status.get(key)}
+        assert world.phase == phase, changed
+        assert world.pods.keys() == before.pods.keys(), changed
+        assert bool(world.status["completionTime"]) == (phase != "Running"), changed
+        then, now = (
+            {c["type"]: c["status"] for c in status["conditions"]} for status in (before.status, world.status)
+        )
+        assert now == then, changed
 
 
 def test_a_status_that_somebody_emptied_is_made_anew_around_the_gang_that_is_there() -> None:
