@@ -206,7 +206,9 @@ def _stay_finished(draft: Draft) -> Plan:
     """A finished job is never started again, whatever somebody made of its status."""
     status, verdict = draft.status, condition(draft.status, "Failed")
     reason, succeeded = status.attempts[-1].reason if status.attempts else "", holds(status, "Succeeded")
-    if reason == "Completed" if succeeded == holds(status, "Failed") else succeeded:
+    if succeeded == holds(status, "Failed"):  # the conditions do not say
+        succeeded = reason == "Completed"
+    if succeeded:
         return _succeed(draft)
     if verdict is not None and verdict.status == "True":
         return _fail(draft, verdict.reason, verdict.message)
