@@ -42,6 +42,7 @@ from internlm_operator.status import (
     MAX_ATTEMPTS,
     condition,
     current_attempt,
+    final_failure,
     holds,
     is_finished,
     reset_budget,
@@ -204,15 +205,8 @@ def _fail(draft: Draft, reason: str, message: str) -> Plan:
 
 def _stay_finished(draft: Draft) -> Plan:
     """A finished job is never started again, whatever somebody made of its status."""
-    status, verdict = draft.status, condition(draft.status, "Failed")
-    reason, succeeded = status.attempts[-1].reason if status.attempts else "", holds(status, "Succeeded")
-    if succeeded == holds(status, "Failed"):  # the conditions do not say
-        succeeded = reason == "Completed"
-    if succeeded:
-        return _succeed(draft)
-    if verdict is not None and verdict.status == "True":
-        return _fail(draft, verdict.reason, verdict.message)
-    return _fail(draft, reason or "Error", status.last_failure.message if status.last_failure else "")
+    failure = final_failure(draft.status)
+    return _fail(draft, *failure) if failure else _succeed(draft)
 
 
 def _clean_up(draft: Draft) -> Plan:

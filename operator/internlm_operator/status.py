@@ -90,6 +90,19 @@ def is_finished(status: JobStatus) -> bool:
     return [bool(status.completion_time), verdict, ended].count(True) >= 2
 
 
+def final_failure(status: JobStatus) -> tuple[str, str] | None:
+    """(reason, message) of a finished job that failed; None for one that succeeded."""
+    succeeded, failed = holds(status, "Succeeded"), condition(status, "Failed")
+    reason = status.attempts[-1].reason if status.attempts else ""
+    if succeeded == holds(status, "Failed"):  # the conditions do not say
+        succeeded = reason == "Completed"
+    if succeeded:
+        return None
+    if failed is not None and failed.status == "True":
+        return failed.reason, failed.message
+    return reason or "Error", status.last_failure.message if status.last_failure else ""
+
+
 def take_report(status: JobStatus, report: Report, time: datetime) -> None:
     """Put a report of the last attempt into the status.
 
