@@ -25,6 +25,7 @@ for command in (
     weights.models,
 ):
     app.command()(command)
+app.command("import")(weights.import_)
 app.add_typer(checkpoint.app, name="checkpoint")
 app.add_typer(data.app, name="data")
 app.add_typer(evaluate.app, name="eval")

@@ -88,6 +88,40 @@ def export(
 
 
 @sentences
+def import_(
+    source: Source,
+    to: Annotated[str, typer.Argument(metavar="OUT", help="New folder (path or URL).", show_default=False)],
+    tokenizer: Annotated[
+        str | None,
+        typer.Option(help="SentencePiece model, or none. Default: the one that lies with the weights."),
+    ] = None,
+    context: Annotated[
+        int | None, typer.Option(min=1, help="Longest sequence, in tokens. Default: what the source says.")
+    ] = None,
+) -> None:
+    """Make a checkpoint of weights in Hugging Face's or InternLM's format, which every other command reads.
+
+    A job starts from it by model.init.from. It has no optimizer states. Memory stays below 1 GB.
+    """
+    from internlm_trainer.checkpoint import SaveFailed
+    from internlm_trainer.weights.export import total_bytes
+    from internlm_trainer.weights.imported import import_weights
+
+    def write(weights: Weights) -> str:
+        known = tokenizer or weights.tokenizer
+        words = tokenizer_of(weights, tokenizer) if known else None
+        with bar("importing", total_bytes(weights, "fp32")) as advance:
+            return import_weights(weights, to, words, context or weights.context, advance)
+
+    with store_errors():
+        try:
+            weights, url = of_newest(source, write)
+        except SaveFailed as error:
+            raise UserError(f"OUT: {error}") from error
+    typer.echo(f"{weights.url}: {url}")
+
+
+@sentences
 def models() -> None:
     """List InternLM's releases: what they are, where they are, and the preset that trains them."""
     from internlm_trainer.weights.zoo import LICENSES, RELEASES, parameter_count
