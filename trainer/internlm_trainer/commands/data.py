@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
-from internlm_trainer.commands.common import sentences, show, store_errors
+from internlm_trainer.commands.common import bar, sentences, show, store_errors
 from internlm_trainer.errors import EXIT_USER_ERROR, UserError
 
 if TYPE_CHECKING:
@@ -119,8 +119,8 @@ def _show(found: Inspection, tokenizer: Tokenizer | None) -> None:
     typer.echo(f"{found.tokens:,} tokens in {found.samples:,} samples; {found.checked:,} lines checked")
     most = max(found.histogram, default=0)
     for power, count in enumerate(found.histogram):
-        bar = "\u2588" * -(-count * _BAR // most)
-        typer.echo(f"{2**power:>10,} tokens and more {bar} {count:,}")
+        drawn = "\u2588" * -(-count * _BAR // most)
+        typer.echo(f"{2**power:>10,} tokens and more {drawn} {count:,}")
     for place, ids in found.examples:
         text = repr(tokenizer.decode(abs(ids).tolist())) if tokenizer else str(ids.tolist())
         typer.echo(f"{typer.style(place, bold=True)} ({len(ids):,} tokens): {text[:500]}")
@@ -170,3 +170,37 @@ def ledger(
         table.add_row(entry.path, f"{entry.weight:g}", *numbers, epoch, at)
     typer.echo(f"after step {manifest.step:,} of job {manifest.job}:")
     show(table)
+
+
+@app.command()
+@sentences
+def chat(
+    file: Annotated[
+        str,
+        typer.Argument(
+            help="Conversations, a record each (jsonl, json or parquet; path or URL).", show_default=False
+        ),
+    ],
+    tokenizer: Annotated[str, typer.Option(help="SentencePiece model, path or URL.", show_default=False)],
+    out: Annotated[str, typer.Option(help="The .bin file to write.", show_default=False)],
+) -> None:
+    """Make data for supervised fine-tuning: conversations of which the answers are learned.
+
+    A record has messages, a list of role and content, or instruction, input and output.
+    """
+    from internlm_trainer.chat.messages import form_of
+    from internlm_trainer.chat.samples import messages_of, sample_of
+    from internlm_trainer.data.bin_format import write_bin
+    from internlm_trainer.data.tokenizer import load_tokenizer
+    from internlm_trainer.evaluation.records import read
+
+    if not out.endswith(".bin"):
+        raise UserError(f"--out: {out} must end with .bin")
+    words = load_tokenizer(tokenizer, "--tokenizer")
+    form = form_of(words)
+    records = read(file, "FILE")
+    with write_bin(out, "--out") as writer, bar("tokenizing", len(records)) as advance:
+        for number, record in enumerate(records, start=1):
+            writer.write(sample_of(messages_of(record, f"{file}, record {number}"), form, words))
+            advance(1)
+    typer.echo(f"{writer.samples:,} samples, {writer.tokens:,} tokens in {out}")

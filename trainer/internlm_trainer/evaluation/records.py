@@ -97,6 +97,16 @@ def find(url: str) -> list[RecordFile]:
     return [file for file in found if _KINDS.index(file.part.kind) == best[file.part[:2]]]
 
 
+def read(url: str, what: str) -> list[Record]:
+    """The records of one file.  Raises UserError, which begins with `what` for a file of no known kind."""
+    part = part_of(url)
+    if part is None:
+        raise UserError(
+            f"{what}: {url} is none of {', '.join(kind[1:] for kind in _KINDS)}; rename or convert it"
+        )
+    return RecordFile(url, part).records()
+
+
 def texts(pattern: str) -> list[str]:
     """The texts that a path, URL or pattern names: the field `text` of records, otherwise a whole file is one.
 
