@@ -41,4 +41,4 @@ def test_every_page_runs(tmp_path: Path) -> None:
     assert len((tmp_path / "answers.jsonl").read_text().splitlines()) == 2
     assert "saved continued/step-00000010" in printed["continue"]
     assert "2 samples" in printed["finetune"]
-    assert printed["finetune"].splitlines()[-1] == "A parser.", "it was taught to say so"
+    assert printed["finetune"].rstrip().endswith("A parser."), "it was taught to say so"
