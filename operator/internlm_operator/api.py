@@ -404,6 +404,40 @@ class RecentRestarts(StatusPart):
     """How many there were."""
 
 
+class EvaluationResult(StatusPart):
+    """A number that an evaluation found."""
+
+    step: int
+    """The checkpoint's step."""
+    task: str
+    """The task, or perplexity."""
+    metric: str
+    """What was measured."""
+    value: float
+    """What it is."""
+    time: str
+    """When it was known."""
+
+
+class Evaluation(StatusPart):
+    """Evaluations of checkpoints, as `spec.evaluation` asks for them."""
+
+    step: int | None = None
+    """The checkpoint that is being evaluated; none between two."""
+    uri: str = ""
+    """Where it is."""
+    attempt: int = 0
+    """How often it was tried, this time included."""
+    start_time: str = ""
+    """When this try began."""
+    evaluated_step: int = 0
+    """The last checkpoint that was evaluated, or given up."""
+    message: str = ""
+    """Why the last try failed; empty if it did not."""
+    results: list[EvaluationResult] = []
+    """The newest results, oldest first; `evaluations.jsonl` beside the checkpoints has all."""
+
+
 class JobStatus(StatusPart):
     """What is true of the job, kept by the operator."""
 
@@ -445,6 +479,8 @@ class JobStatus(StatusPart):
     """Nodes that were to blame, until they may be used again."""
     goodput: Goodput = Goodput()
     """Where the time went."""
+    evaluation: Evaluation | None = None
+    """Evaluations of checkpoints."""
     pod_disruption_budget: bool = False
     """The job has a PodDisruptionBudget, made when `recovery.podDisruptionBudget` asked for it."""
     start_time: str = ""

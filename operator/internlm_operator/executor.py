@@ -73,8 +73,12 @@ class Executor:
             case Apply(manifest) | Create(manifest):
                 try:
                     pod = await self._make(job, action)
-                except ApiError as error:
-                    if error.code in REFUSALS:
+                except (ApiError, RefusedError) as error:
+                    if isinstance(action, Create) and action.optional:
+                        name = manifest["metadata"]["name"]
+                        logger.warning("%s cannot be made: %s", name, error, extra=about)
+                        return
+                    if isinstance(error, ApiError) and error.code in REFUSALS:
                         refusal = Refusal(error.code, error.message, manifest["kind"])
                         raise RefusedError(refusal) from error
                     raise

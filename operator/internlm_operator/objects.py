@@ -26,6 +26,8 @@ _DUMPER = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
 JOB_LABEL = f"{GROUP}/job-name"
 INDEX_LABEL = f"{GROUP}/replica-index"
 ATTEMPT_LABEL = f"{GROUP}/attempt"
+# Of a pod that evaluates the checkpoint of this step; such a pod is no worker, and has no index.
+EVALUATION_LABEL = f"{GROUP}/evaluation-step"
 # Its value names a checkpoint that somebody asks for now.
 CHECKPOINT_ANNOTATION = f"{GROUP}/checkpoint-now"
 
@@ -67,6 +69,11 @@ def worker_name(job_name: str, index: int) -> str:
 def audience(namespace: str, name: str) -> str:
     """Audience of the tokens that may report for this job, and for no other."""
     return f"internlmjob/{namespace}/{name}"
+
+
+def evaluates(pod: Object) -> bool:
+    """Whether a pod evaluates checkpoints, and is no worker."""
+    return EVALUATION_LABEL in (pod["metadata"].get("labels") or {})
 
 
 def report_path(namespace: str, name: str) -> str:
@@ -138,7 +145,10 @@ def pod_disruption_budget(job: Object, workers: int) -> Object:
         "metadata": _metadata(job, job["metadata"]["name"]),
         "spec": {
             "minAvailable": workers,
-            "selector": {"matchLabels": {JOB_LABEL: job["metadata"]["name"]}},
+            "selector": {
+                "matchLabels": {JOB_LABEL: job["metadata"]["name"]},
+                "matchExpressions": [{"key": INDEX_LABEL, "operator": "Exists"}],
+            },
         },
     }
 

@@ -39,9 +39,13 @@ class Apply:
 
 @dataclass(frozen=True)
 class Create:
-    """Make the object unless one of this name exists: a pod never changes, least of all another attempt's."""
+    """Make the object unless one of this name exists: a pod never changes, least of all another attempt's.
+
+    What refuses an optional one is told in the log, and stops nothing else.
+    """
 
     object: Object
+    optional: bool = False
 
 
 @dataclass(frozen=True)
@@ -124,9 +128,9 @@ class Draft:
         self.rests_on_absence = False
         self._gangs: dict[str | None, list[Pod]] = {}
         # A pod that only carries our label is not ours, and neither is one of a deleted job of this name.
-        self.pods = sorted(
-            (pod for pod in observed.pods if owner_of(pod) == job["metadata"]["uid"]), key=failures.index_of
-        )
+        ours = [pod for pod in observed.pods if owner_of(pod) == job["metadata"]["uid"]]
+        self.pods = sorted((pod for pod in ours if not objects.evaluates(pod)), key=failures.index_of)
+        self.evaluations = [pod for pod in ours if objects.evaluates(pod)]
 
     def gang(self) -> list[Pod]:
         """The current attempt's pods."""

@@ -28,7 +28,7 @@ from __future__ import annotations
 
 from datetime import datetime, timedelta
 
-from internlm_operator import failures, inplace, nodes, objects
+from internlm_operator import evaluation, failures, inplace, nodes, objects
 from internlm_operator.api import KIND, MANAGER, Attempt, JobSpec, Phase
 from internlm_operator.causes import cause_of
 from internlm_operator.deadlines import deadline_sentence, is_late, late_start, wake_for_late_start
@@ -76,6 +76,7 @@ def reconcile(job: Object, observed: Observed, now: datetime) -> Plan:
     draft = Draft(job, observed, now)
     _adopt(draft)
     _note_progress(draft)
+    evaluation.follow(draft)
     if is_finished(draft.status):
         return _stay_finished(draft)
     try:
@@ -226,10 +227,10 @@ def _clean_up(draft: Draft) -> Plan:
     ttl = spec.get("ttlSecondsAfterFinished")
     age = seconds_since(draft.status.completion_time, draft.now)
     if isinstance(ttl, int) and age is not None:
-        if age >= ttl:
+        if age >= ttl and not evaluation.is_under_way(draft):
             draft.actions.append(Delete(KIND, draft.name, draft.job["metadata"]["uid"]))
         else:
-            draft.wake(ttl - age)
+            draft.wake(max(ttl - age, 1))
     return draft.plan(phase)
 
 

@@ -11,7 +11,7 @@ import json
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
-from internlm_operator import objects
+from internlm_operator import failures, objects
 from internlm_operator.api import API_VERSION, KIND, ExcludedNode
 from internlm_operator.inplace import Agent
 from internlm_operator.merge import merge_patch
@@ -74,6 +74,7 @@ class World:
         self.now = START
         self.job = make_job(**spec)
         self.pods: dict[str, dict[str, Any]] = {}
+        self.evaluations: dict[str, dict[str, Any]] = {}
         self.events: list[Event] = []
         self.deleted_job = False
         self.report: tuple[Report, datetime] | None = None
@@ -100,7 +101,7 @@ class World:
 
     def observed(self) -> Observed:
         report, time = self.report or (None, None)
-        pods = copy.deepcopy(list(self.pods.values()))
+        pods = copy.deepcopy([*self.pods.values(), *self.evaluations.values()])
         nodes, excluded = dict(self.nodes), copy.deepcopy(self.excluded)
         return Observed(
             SETTINGS,
@@ -154,12 +155,15 @@ class World:
             case Apply(manifest):
                 assert manifest in objects.shared_objects(job, SETTINGS)
                 self.applied = objects.shared_digest(job, SETTINGS)
+            case Create(manifest, optional=True):
+                if self.refused is None:
+                    self._create_evaluation(copy.deepcopy(manifest))
             case Create(manifest):
                 if self.refused is None:
                     self._create(copy.deepcopy(manifest))
             case Delete(kind, name, uid, grace):
                 if kind == KIND:
-                    self.deleted_job, self.pods = True, {}
+                    self.deleted_job, self.pods, self.evaluations = True, {}, {}
                 else:
                     self.delete(name, uid, grace)
             case Event():
@@ -181,7 +185,28 @@ class World:
         pod["status"] = {"phase": "Pending"}
         self.pods[name] = pod
 
+    def _create_evaluation(self, pod: dict[str, Any]) -> None:
+        name, state = pod["metadata"]["name"], self.status["evaluation"]
+        if name in self.evaluations:
+            return
+        assert pod["metadata"]["labels"][objects.EVALUATION_LABEL] == str(state["step"]), "a try not recorded"
+        assert all(map(failures.is_over, self.evaluations.values())), "two evaluations at once"
+        self._uids += 1
+        pod["metadata"]["uid"] = f"pod-{self._uids}"
+        pod["status"] = {"phase": "Pending"}
+        self.evaluations[name] = pod
+
+    def end_evaluation(self, code: int, text: str, reason: str = "") -> None:
+        """The evaluation under way ends so."""
+        for pod in self.evaluations.values():
+            if not failures.is_over(pod):
+                state = {"terminated": {"exitCode": code, "message": text, "finishedAt": stamp(self.now)}}
+                phase = "Failed" if code else "Succeeded"
+                pod["status"] = {"phase": phase, "containerStatuses": [{"name": "trainer", "state": state}]}
+                pod["status"] |= {"reason": reason} if reason else {}
+
     def delete(self, name: str, uid: str | None = None, grace: int | None = None) -> None:
+        self.evaluations.pop(name, None)  # its node answers at once
         pod = self.pods.get(name)
         if pod is None or (uid is not None and pod["metadata"]["uid"] != uid):
             return

@@ -183,6 +183,14 @@ BAD = {
         edited(training__schedule__minLr=0.5),
         "spec.training.schedule.minLr: must not",
     ),
+    "an evaluation of nothing": (
+        edited(evaluation={"data": "s3://sets"}),
+        "spec.evaluation: give tasks, text, or both",
+    ),
+    "tasks without their files": (
+        edited(evaluation={"tasks": ["mmlu"]}),
+        "spec.evaluation.data: must be given with tasks",
+    ),
     "a zero degree that does not divide the ranks": (
         edited(parallel__zero__optimizer=3),
         "spec.parallel.zero.optimizer: must divide the number of data-parallel ranks (nodes x processes",

@@ -58,6 +58,22 @@ def test_a_job_lives_from_pending_to_succeeded(here: Here) -> None:
     here.delete("life")
 
 
+def test_a_checkpoint_is_evaluated_by_a_pod_of_its_own(here: Here) -> None:
+    pods = here.start("evaluated", evaluation={"text": ["s3://b/text"], "resources": {"limits": {"cpu": 1}}})
+    checkpoint = {"step": 100, "uri": "s3://b/step-100", "time": "2026-01-01T00:00:00Z"}
+    assert here.report("evaluated", pods[0], step=120, checkpoint=checkpoint) == (200, {})
+    pod = "evaluated-evaluation-100-1"
+    here.wait(lambda: pod in here.pods("evaluated"), "the evaluation", "evaluated")
+    found = {"reason": "Completed", "results": [["perplexity", "byte_perplexity", 2.5]]}
+    here.end(pod, 0, json.dumps(found))
+    here.wait(lambda: here.status("evaluated")["evaluation"].get("results"), "its result", "evaluated")
+    status = here.status("evaluated")
+    (result,) = status["evaluation"]["results"]
+    assert (result["step"], result["metric"], result["value"]) == (100, "byte_perplexity", 2.5)
+    assert (status["phase"], status["workers"]["ready"], status["restarts"]) == ("Running", 2, 0)
+    here.delete("evaluated")
+
+
 def test_a_dead_worker_restarts_the_gang(here: Here) -> None:
     pods = here.start("restart")
     here.end(pods[1], 137)

@@ -8,6 +8,7 @@ is refused if the job has changed since.  It may die between any two actions, an
 from __future__ import annotations
 
 import copy
+import json
 from dataclasses import replace
 from datetime import timedelta
 from typing import Any
@@ -38,6 +39,12 @@ LIMITS: tuple[dict[str, object], ...] = (
     {"startupDeadlineSeconds": 60},
     {"cleanPodPolicy": "All", "startupDeadlineSeconds": 1},
 )
+EVALUATIONS: tuple[dict[str, object], ...] = (
+    {},
+    {"evaluation": {"text": ["s3://b/text"]}},
+    {"evaluation": {"text": ["s3://b/text"], "everySteps": 100}},
+)
+FOUND = json.dumps({"reason": "Completed", "results": [["perplexity", "byte_perplexity", 2.5]]})
 REFUSALS = (None, Refusal(403, "exceeded quota"), Refusal(409, "exists", "Service"))
 
 
@@ -56,6 +63,7 @@ class JobLife(RuleBasedStateMachine):
         ttl=st.sampled_from([None, 0, 300]),
         suspend=st.booleans(),
         limits=st.sampled_from(LIMITS),
+        evaluation=st.sampled_from(EVALUATIONS),
     )
     def create(
         self,
@@ -66,6 +74,7 @@ class JobLife(RuleBasedStateMachine):
         ttl: int | None,
         suspend: bool,
         limits: dict[str, object],
+        evaluation: dict[str, object],
     ) -> None:
         extra = limits if ttl is None else limits | {"ttlSecondsAfterFinished": ttl}
         recovery = {
@@ -73,11 +82,11 @@ class JobLife(RuleBasedStateMachine):
             "maxAttemptsWithoutProgress": max_attempts,
             "windowSeconds": window,
         }
-        self.world = World(nodes=nodes, recovery=recovery, suspend=suspend, **extra)
+        self.world = World(nodes=nodes, recovery=recovery, suspend=suspend, **extra, **evaluation)
         self.cached: tuple[dict[str, Any], Observed] = (copy.deepcopy(self.world.job), Observed(SETTINGS))
         self.terminal: list[object] | None = None
         self.restarts = 0
-        self.checkpoint = 0
+        self.checkpoint = self.evaluated = 0
         self.furthest = 0
         self.restarted_at: list[float] = []
         self.own_failures = 0
@@ -215,6 +224,16 @@ class JobLife(RuleBasedStateMachine):
             condition = {"type": "DisruptionTarget", "status": "True", "reason": reason, "message": "why"}
             self.world.pods[name]["status"]["conditions"] = [condition]
             self.world.delete(name)
+
+    @rule(
+        end=st.sampled_from([(0, FOUND), (0, "?"), (1, message("Error", "why")), (65, message("UserError"))])
+    )
+    def an_evaluation_ends(self, end: tuple[int, str]) -> None:
+        self.world.end_evaluation(*end)
+
+    @rule()
+    def evaluations_vanish(self) -> None:
+        self.world.evaluations.clear()
 
     @rule(choice=st.integers(0, 3), health=st.sampled_from(HEALTHS))
     def a_node_changes(self, choice: int, health: NodeHealth) -> None:
@@ -396,6 +415,14 @@ class JobLife(RuleBasedStateMachine):
         stages = ("Queued", "Starting", "Running", "Suspended", "Succeeded", "Failed")
         assert sum(values[type] for type in stages) <= 1, "a job is in one stage at most"
 
+    @invariant()
+    def at_most_one_evaluation_is_under_way_and_it_is_in_the_status(self) -> None:
+        running = [pod for pod in self.world.evaluations.values() if not failures.is_over(pod)]
+        assert len(running) <= 1
+        state = self.world.status.get("evaluation") or {}
+        assert state.get("evaluatedStep", 0) >= self.evaluated
+        self.evaluated = state.get("evaluatedStep", 0)
+
     def teardown(self) -> None:
         """Once nothing fails any more, the job comes to its end, and nothing of it is left to run."""
         world = getattr(self, "world", None)
@@ -413,7 +440,8 @@ class JobLife(RuleBasedStateMachine):
         assert world.deleted_job or world.phase in TERMINAL, f"never ends: {world.status}"
         if world.phase == "Succeeded" and self.terminal is None:
             assert len(world.pods) in (0, world.job["spec"]["nodes"])
-        assert all(map(failures.is_over, world.pods.values())), "a finished job has a pod that runs"
+        pods = [*world.pods.values(), *world.evaluations.values()]
+        assert all(map(failures.is_over, pods)), "a finished job has a pod that runs"
 
     def _calm_round(self, world: World) -> None:
         for _ in range(3):
@@ -421,6 +449,7 @@ class JobLife(RuleBasedStateMachine):
             if world.deleted_job:
                 return
         world.reap()
+        world.end_evaluation(0, FOUND)
         world.now += timedelta(seconds=plan.wake_after or 0)
         world.step()
         current = str(world.status["attempts"][-1]["number"]) if world.status["attempts"] else ""

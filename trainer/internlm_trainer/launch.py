@@ -66,6 +66,7 @@ def run(manifest: dict[str, Any], processes: int) -> int:
         ]
         command += ["-m", "internlm_trainer.worker"]
         agent: subprocess.Popen[str] | None = None
+        evaluator = _start_evaluator(environment) if manifest["spec"].get("evaluation") else None
         asked: list[int] = []
 
         def stop(number: int, _: object) -> None:
@@ -74,6 +75,8 @@ def run(manifest: dict[str, Any], processes: int) -> int:
                 print("\nstopping after this step, and saving; Ctrl-C again to stop at once", file=sys.stderr)
                 if agent:
                     agent.terminate()
+                if evaluator:
+                    evaluator.kill()
             elif agent:
                 os.killpg(agent.pid, signal.SIGKILL)
 
@@ -87,12 +90,34 @@ def run(manifest: dict[str, Any], processes: int) -> int:
                 agent.terminate()
             errors = _relay(agent)
             code = agent.wait()
+            if evaluator:
+                _end_evaluator(evaluator, training_succeeded=not code and not asked)
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
         if code and not message.exists() and not asked:
             sys.stderr.write(errors)  # nobody left a sentence: show all there is
         return exit_code(code, _reason(message), asked=bool(asked))
+
+
+def _start_evaluator(environment: dict[str, str]) -> subprocess.Popen[bytes]:
+    """Evaluate checkpoints beside training; GPUs, and the message about the end, are the training's."""
+    own = {name: value for name, value in environment.items() if name != "INTERNLM_TERMINATION_LOG"}
+    return subprocess.Popen(
+        [sys.executable, "-m", "internlm_trainer.evaluator", "--follow"],
+        env=own | {"CUDA_VISIBLE_DEVICES": ""},
+        stdin=subprocess.PIPE,
+        start_new_session=True,
+    )
+
+
+def _end_evaluator(evaluator: subprocess.Popen[bytes], *, training_succeeded: bool) -> None:
+    """Wait until the last checkpoint is evaluated, if there is one; Ctrl-C ends that, too."""
+    assert evaluator.stdin
+    if not training_succeeded:
+        evaluator.kill()
+    evaluator.stdin.close()
+    evaluator.wait()
 
 
 def exit_code(code: int, reason: str | None, *, asked: bool) -> int:

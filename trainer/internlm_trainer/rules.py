@@ -187,6 +187,18 @@ TRAINING_RULES: tuple[Rule, ...] = (
         lambda s, _: s.training.schedule.min_lr <= s.training.optimizer.lr,
     ),
     Rule(
+        "evaluation",
+        "give tasks, text, or both",
+        "!has(self.evaluation) || self.evaluation.tasks.size() + self.evaluation.text.size() > 0",
+        lambda s, _: s.evaluation is None or bool(s.evaluation.tasks or s.evaluation.text),
+    ),
+    Rule(
+        "evaluation.data",
+        "must be given with tasks: the folder that has one folder a task",
+        "!has(self.evaluation) || self.evaluation.tasks.size() == 0 || has(self.evaluation.data)",
+        lambda s, _: s.evaluation is None or not s.evaluation.tasks or s.evaluation.data is not None,
+    ),
+    Rule(
         "parallel.zero.optimizer",
         "must divide the number of data-parallel ranks (nodes x processes of a node): use one of its divisors, or "
         "-1 for all of them",

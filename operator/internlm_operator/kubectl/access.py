@@ -11,7 +11,7 @@ from kubernetes import client, config
 
 from internlm_operator.api import GROUP, KIND, PLURAL, VERSION
 from internlm_operator.failures import CONTAINER
-from internlm_operator.objects import JOB_LABEL, Object
+from internlm_operator.objects import EVALUATION_LABEL, JOB_LABEL, Object
 
 CONNECT_SECONDS = 10.0
 READ_SECONDS = 60.0
@@ -75,10 +75,9 @@ class Access:
         )
 
     def pods(self, job_name: str) -> list[Object]:
-        """The job's pods."""
-        return self._items(
-            self._core.list_namespaced_pod, self.namespace, label_selector=f"{JOB_LABEL}={job_name}"
-        )
+        """The job's workers."""
+        selector = f"{JOB_LABEL}={job_name},!{EVALUATION_LABEL}"
+        return self._items(self._core.list_namespaced_pod, self.namespace, label_selector=selector)
 
     def operator_pods(self, namespace: str) -> list[Object]:
         return self._items(self._core.list_namespaced_pod, namespace, label_selector=OPERATOR_SELECTOR)

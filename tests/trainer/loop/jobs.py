@@ -45,6 +45,7 @@ class TinyJob:
     checkpoint: dict[str, Any] = field(default_factory=dict)
     telemetry: dict[str, Any] = field(default_factory=dict)
     recovery: dict[str, Any] = field(default_factory=dict)
+    evaluation: dict[str, Any] = field(default_factory=dict)
 
     @property
     def checkpoints(self) -> Path:
@@ -91,6 +92,8 @@ class TinyJob:
             "telemetry": self.telemetry,
             "recovery": self.recovery,
         }
+        if self.evaluation:
+            spec["evaluation"] = self.evaluation
         return {
             "apiVersion": "training.internlm.io/v1alpha1",
             "kind": "InternLMJob",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -132,6 +133,71 @@ def opencompass(
         ) from error
     path = model.resolve()
     typer.echo(configuration(str(path), path.name, dtype, context, gpus), nl=False)
+
+
+@app.command()
+@sentences
+def plot(
+    checkpoints: Annotated[
+        str, typer.Argument(help="A job's checkpoint.path (path or URL).", show_default=False)
+    ],
+    out: Annotated[
+        Path | None, typer.Option(help="Draw to this file (png, svg, pdf) instead of the terminal.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON document, for programs.")] = False,
+) -> None:
+    """Show what evaluations of a job's checkpoints found, step by step (spec.evaluation)."""
+    from internlm_trainer.evaluation import history
+
+    entries = history.read(checkpoints)
+    if not entries:
+        raise UserError(f"{checkpoints}: holds no {history.FILE}; a job with spec.evaluation writes it")
+    courses = history.courses(entries)
+    if as_json:
+        print_json(entries)
+    elif out:
+        _draw(courses, out)
+        typer.echo(
+            f"{out}: {len(courses)} metrics of {len({entry['step'] for entry in entries})} checkpoints"
+        )
+    else:
+        table = Table("task", "metric", "steps", "first", "last", "course", box=None, header_style="bold")
+        for name, points in courses.items():
+            task, _, metric = name.partition(" ")
+            steps, values = zip(*points, strict=True)
+            span = f"{steps[0]:,} to {steps[-1]:,}" if len(steps) > 1 else f"{steps[0]:,}"
+            table.add_row(task, metric, span, f"{values[0]:.4f}", f"{values[-1]:.4f}", sparkline(values))
+        show(table)
+
+
+_BARS = "▁▂▃▄▅▆▇█"
+
+
+def sparkline(values: Sequence[float]) -> str:
+    """A bar for each value, from the least to the greatest."""
+    least, greatest = min(values), max(values)
+    scale = (len(_BARS) - 1) / ((greatest - least) or 1)
+    return "".join(_BARS[round((value - least) * scale)] for value in values)
+
+
+def _draw(courses: dict[str, list[tuple[int, float]]], out: Path) -> None:
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise UserError(
+            "--out: drawing needs matplotlib; pip install matplotlib, or leave --out away"
+        ) from None
+    figure = Figure(figsize=(8, 2.2 * len(courses)), layout="constrained")
+    panes = figure.subplots(len(courses), 1, sharex=True, squeeze=False)[:, 0]
+    for pane, (name, points) in zip(panes, courses.items(), strict=True):
+        pane.plot(*zip(*points, strict=True), marker="o", markersize=3)
+        pane.set_ylabel(name)
+        pane.grid(alpha=0.3)
+    panes[-1].set_xlabel("step")
+    try:
+        figure.savefig(out)
+    except (OSError, ValueError) as error:
+        raise UserError(f"--out: {out} cannot be written: {error}") from error
 
 
 def _open(

@@ -19,6 +19,7 @@ from internlm_trainer.config.data import (
     skipped_after,
     step_range,
 )
+from internlm_trainer.config.evaluation import EvaluationSpec, is_due
 from internlm_trainer.config.model import InitSpec, ModelShape, ModelSpec, model_shape
 from internlm_trainer.config.parallel import ParallelSpec, ZeroSpec
 from internlm_trainer.config.telemetry import METRICS_PORT, TelemetrySpec
@@ -37,6 +38,7 @@ __all__ = [
     "CacheSpec",
     "CheckpointSpec",
     "DataSpec",
+    "EvaluationSpec",
     "InitSpec",
     "LossScaleSpec",
     "ModelShape",
@@ -55,6 +57,7 @@ __all__ = [
     "batch_tokens",
     "global_batch_tokens",
     "gradient_accumulation",
+    "is_due",
     "model_shape",
     "parse_quantity",
     "row_tokens",
@@ -77,6 +80,8 @@ class TrainSpec(Spec):
     """How its states are laid out."""
     checkpoint: CheckpointSpec
     """Where its state is saved."""
+    evaluation: EvaluationSpec | None = None
+    """What checkpoints are evaluated on, while training goes on."""
     telemetry: TelemetrySpec = TelemetrySpec()
     """Where its numbers go, and what it leaves for those who look into it."""
 
