@@ -21,9 +21,10 @@ def test_the_serving_example_is_admitted(control_plane: Cluster) -> None:
     common = ("--dry-run=server", f"--namespace={NAMESPACE}", "--validate=strict", "--warnings-as-errors")
     made = control_plane.kubectl("apply", *common, f"--filename={EXAMPLE}", "--output=name")
     assert made.split() == [
-        f"{kind}/internlm-7b" for kind in ("persistentvolumeclaim", "deployment.apps", "service")
+        f"{kind}/internlm-7b"
+        for kind in ("persistentvolumeclaim", "deployment.apps", "service", "networkpolicy.networking.k8s.io")
     ]
-    claim, deployment, service = yaml.safe_load_all(EXAMPLE.read_text())
+    claim, deployment, service, _ = yaml.safe_load_all(EXAMPLE.read_text())
     template = deployment["spec"]["template"]
     pod = {"apiVersion": "v1", "kind": "Pod", **template}
     pod["metadata"] = {**template["metadata"], "name": "served"}

@@ -22,6 +22,7 @@ for command in (
     weights.export,
     chat.chat,
     chat.serve,
+    chat.demo,
     weights.models,
 ):
     app.command()(command)

@@ -1,11 +1,14 @@
-"""`internlm chat` and `serve`: a model tried out in the terminal, or over HTTP."""
+"""`internlm chat`, `serve` and `demo`: a model tried out in the terminal, over HTTP, or in the browser."""
 
 from __future__ import annotations
 
+import json
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import suppress
 from functools import partial
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -36,6 +39,8 @@ TopP = Annotated[
 TopK = Annotated[int, typer.Option(min=0, help="Draw from so many likeliest words; 0 is no limit.")]
 Penalty = Annotated[float, typer.Option(min=0.01, help="Above 1, words that were there become less likely.")]
 MaxTokens = Annotated[int, typer.Option(min=1, help="Of an answer.")]
+Host = Annotated[str, typer.Option(help="Address; 0.0.0.0 is all of this machine's.")]
+Rows = Annotated[int, typer.Option(min=1, help="Requests that are answered at a time; others wait.")]
 System = Annotated[str, typer.Option(help="What the model is told before the first question.")]
 Tools = Annotated[
     list[str] | None,
@@ -108,12 +113,12 @@ def chat(
 def serve(
     source: Source,
     tokenizer: TokenizerUrl = None,
-    host: Annotated[str, typer.Option(help="Address; 0.0.0.0 is all of this machine's.")] = "127.0.0.1",
+    host: Host = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8000,
     name: Annotated[
         str | None, typer.Option(help="Of the model in requests. Default: the last part of SOURCE.")
     ] = None,
-    rows: Annotated[int, typer.Option(min=1, help="Requests that are answered at a time; others wait.")] = 4,
+    rows: Rows = 4,
     context: Context = None,
     compiled: Compile = False,
 ) -> None:
@@ -140,6 +145,48 @@ def serve(
     url = f"http://{host}:{listener.getsockname()[1]}/v1"
     begun = partial(typer.echo, f"{called} answers at {url}")
     asyncio.run(server.serve(speaker, engine, called, listener, begun))
+
+
+@sentences
+def demo(
+    source: Source,
+    tokenizer: TokenizerUrl = None,
+    host: Host = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535)] = 8501,
+    tools: Tools = None,
+    allow_code: AllowCode = False,
+    rows: Rows = 4,
+    context: Context = None,
+    compiled: Compile = False,
+) -> None:
+    """Chat with a model in the browser: Ctrl-C ends it. Needs the extra `demo` (Streamlit)."""
+    if not find_spec("streamlit"):
+        raise UserError("internlm demo needs Streamlit; install it with pip install 'internlm-k8s[demo]'")
+    chosen_tools(tools, allow_code)  # a mistake is told here, not in the browser
+    options = {
+        "source": source,
+        "tokenizer": tokenizer,
+        "context": context,
+        "rows": rows,
+        "compiled": compiled,
+    }
+    given = json.dumps({**options, "tools": tools, "code": allow_code})
+    script = find_spec("internlm_trainer.chat.demo")
+    assert script
+    assert script.origin
+    settings = {
+        "server.address": host,
+        "server.port": port,
+        "server.headless": "true",
+        "server.fileWatcherType": "none",
+        "browser.gatherUsageStats": "false",
+        "client.toolbarMode": "minimal",
+        "theme.base": "light",
+        "theme.primaryColor": "#2456c7",
+    }
+    flags = [f"--{name}={value}" for name, value in settings.items()]
+    program = [sys.executable, "-m", "streamlit", "run", script.origin, *flags, "--", given]
+    os.execv(sys.executable, program)  # noqa: S606 - in place of this process, so that signals reach it
 
 
 def form_or_none(tokenizer: Tokenizer) -> Form | None:

@@ -1,0 +1,111 @@
+"""The web demo in a real browser: a visitor asks, and reads the answer as it is made."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import socket
+from collections.abc import Iterator
+
+import pytest
+from playwright.sync_api import Browser, Error, Page, expect, sync_playwright
+
+from trainer.chat.conftest import command
+from trainer.chat.trained import COUNT, I_AM, NUMBERS, RESULT, SUM, WHO
+
+BROWSERS = ("chromium-headless-shell", "chromium", "chromium-browser", "google-chrome")
+MS = 120_000  # on a busy machine
+# Remembers all that was to be read in the newest message.
+WATCH = """() => {
+    window.seen = new Set();
+    new MutationObserver(() => {
+        const all = document.querySelectorAll('[data-testid=stChatMessage]');
+        if (all.length) window.seen.add(all[all.length - 1].innerText.trim());
+    }).observe(document.body, {subtree: true, childList: true, characterData: true});
+}"""
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    program = next(filter(None, map(shutil.which, BROWSERS)), None)
+    with sync_playwright() as playwright:
+        try:
+            browser = playwright.chromium.launch(
+                executable_path=program, args=["--no-sandbox", "--disable-gpu"]
+            )
+        except Error as error:
+            pytest.skip(
+                f"no Chromium: neither {', '.join(BROWSERS)} nor Playwright's own: {error.message[:200]}"
+            )
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(scope="module")
+def address(browser: Browser, trained: str) -> Iterator[str]:  # noqa: ARG001 - not without a browser
+    with command(
+        r"URL: (http://\S+)", "demo", trained, "--tools", "calculator", "--port", str(free_port())
+    ) as (_, url):
+        yield url
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port: int = listener.getsockname()[1]
+        return port
+
+
+@pytest.fixture
+def page(browser: Browser, address: str) -> Iterator[Page]:
+    page = browser.new_page(viewport={"width": 1280, "height": 800})
+    page.set_default_timeout(MS)
+    page.goto(address, timeout=MS)
+    page.get_by_placeholder("Ask something").wait_for()
+    yield page
+    page.close()
+
+
+def ask(page: Page, question: str) -> None:
+    box = page.get_by_placeholder("Ask something")
+    box.fill(question)
+    box.press("Enter")
+
+
+def messages(page: Page, *texts: str) -> None:
+    """The messages are these, and the answer has ended."""
+    shown = page.get_by_test_id("stChatMessage")
+    expect(shown).to_have_text([re.compile(re.escape(one)) for one in texts], timeout=MS)
+    expect(page.get_by_role("button", name="Regenerate")).to_be_visible(timeout=MS)
+
+
+def test_an_answer_is_streamed_made_again_and_forgotten(page: Page) -> None:
+    page.evaluate(WATCH)
+    ask(page, COUNT)
+    messages(page, COUNT, NUMBERS)
+    seen = [one.rsplit("\n", 1)[-1] for one in page.evaluate("[...window.seen]")]  # below the picture's name
+    parts = [one for one in seen if one.endswith("\u258c") and NUMBERS.startswith(one[:-1].rstrip() or "?")]
+    assert len(parts) > 1, seen
+    page.get_by_role("button", name="Reset").click()
+    expect(page.get_by_test_id("stChatMessage")).to_have_count(0, timeout=MS)
+    ask(page, WHO)
+    messages(page, WHO, I_AM)
+    page.get_by_role("button", name="Regenerate").click()
+    messages(page, WHO, I_AM)
+
+
+def test_a_call_of_a_tool_is_shown_on_a_phone_too(page: Page) -> None:
+    page.set_viewport_size({"width": 390, "height": 844})
+    ask(page, SUM)
+    messages(page, SUM, RESULT)
+    call = page.get_by_test_id("stExpander")
+    expect(call).to_contain_text("calculator \u2192 144")
+    call.locator("summary").click()
+    expect(call).to_contain_text('{"expression": "12 * 12"}', timeout=MS)
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390
+
+
+def test_a_question_that_does_not_fit_is_told(page: Page) -> None:
+    ask(page, "word " * 600)
+    expect(page.get_by_role("alert")).to_contain_text("tokens, and the model reads 512", timeout=MS)
+    ask(page, WHO)
+    expect(page.get_by_test_id("stChatMessage").last).to_contain_text(I_AM, timeout=MS)
