@@ -171,7 +171,7 @@ def demo(
         "compiled": compiled,
     }
     given = json.dumps({**options, "tools": tools, "code": allow_code})
-    script = find_spec("internlm_trainer.chat.demo")
+    script = find_spec("internlm_trainer.commands.demo_page")
     assert script
     assert script.origin
     settings = {

@@ -179,4 +179,5 @@ def main() -> None:
         st.markdown("#### What would you like to know?")
 
 
-main()
+if __name__ == "__main__":  # as Streamlit runs it
+    main()
