@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help run test lint format crd install-manifest scan clean
+.PHONY: help run test faults lint format crd install-manifest scan clean
 .DEFAULT_GOAL := help
 
 help: ## show this
@@ -21,6 +21,9 @@ run: .venv/ready ## train the quickstart job here: a small InternLM on the stand
 
 test: .venv/ready lint ## run all tests; those that this machine cannot run say why
 	@$(BIN)/pytest --numprocesses=2
+
+faults: .venv/ready ## hurt jobs in every way on a real cluster (half an hour) and write docs/recovery-times.md
+	@INTERNLM_RECOVERY_TIMES=docs/recovery-times.md $(BIN)/pytest -m faults tests/e2e/test_faults.py
 
 lint: .venv/ready ## check format, lint, types and layers
 	@$(BIN)/ruff format --check .

@@ -20,6 +20,14 @@ class SharedFixtures(LoadScopeScheduling):
         return nodeid.split("::")[0] if nodeid.startswith("tests/trainer/") else "cluster"
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out what takes half an hour, unless it is asked for."""
+    if "faults" not in config.option.markexpr:
+        asked = [item for item in items if not item.get_closest_marker("faults")]
+        config.hook.pytest_deselected(items=[item for item in items if item not in asked])
+        items[:] = asked
+
+
 def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> SharedFixtures:
     config.option.loadscopereorder = False  # the cluster first, which takes longest
     return SharedFixtures(config, log)

@@ -66,14 +66,15 @@ class Authenticator:
         until, verdict = self._verdicts.get(fingerprint, (0.0, Verdict()))
         if time.monotonic() < until:
             return verdict
-        wrong, expiry = _glance(key, token, time.time())
+        now = self._kube.now().timestamp()
+        wrong, expiry = _glance(key, token, now)
         if wrong:  # it costs the API server nothing
             return Verdict(wrong)
         async with self._reviews:
             verdict = await self._review(key, token)
         if len(self._verdicts) >= MAX_VERDICTS:
             self._drop_old()
-        seconds = REJECTED_SECONDS if verdict.refusal else min(ACCEPTED_SECONDS, expiry - time.time())
+        seconds = REJECTED_SECONDS if verdict.refusal else min(ACCEPTED_SECONDS, expiry - now)
         self._verdicts[fingerprint] = (time.monotonic() + seconds, verdict)
         return verdict
 

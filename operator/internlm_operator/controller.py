@@ -14,7 +14,7 @@ import random
 import time
 from collections import defaultdict
 from dataclasses import replace
-from datetime import UTC, datetime
+from datetime import datetime
 from typing import Any
 
 from internlm_operator import metrics
@@ -81,7 +81,7 @@ class Controller:
         self._relisted_at = float("-inf")
         self._looks: Buckets[Key] = Buckets(LOOKS_RATE, LOOKS_BURST)
         self._progress_writes: Buckets[None] = Buckets(PROGRESS_WRITES_RATE, PROGRESS_WRITES_RATE)
-        self._listening_since = datetime.now(UTC)
+        self._listening_since = self._kube.now()
         self._queue = WorkQueue(self._reconcile)
 
     async def run(self, stop: asyncio.Event) -> None:
@@ -91,7 +91,7 @@ class Controller:
         memories += [self._applied, self._refused, self._read_at]
         for memory in memories:
             memory.clear()
-        self._listening_since = datetime.now(UTC)
+        self._listening_since = self._kube.now()
         for key in self._jobs:
             self._queue.add(key)
         await self._queue.run(WORKERS, stop)
@@ -151,7 +151,7 @@ class Controller:
         agents = self._agents[key]
         known = agents.get(report.worker)
         if known is None or (known.report != report and known.report.gang <= report.gang):
-            agents[report.worker] = Agent(report, datetime.now(UTC))
+            agents[report.worker] = Agent(report, self._kube.now())
             self._queue.add(key)
         return directive(_status_of(self._jobs.get(key)), report)
 
@@ -168,7 +168,7 @@ class Controller:
 
     def on_report(self, key: Key, report: Report) -> None:
         """A report that the job channel accepted."""
-        self._reports[key] = (report, datetime.now(UTC))
+        self._reports[key] = (report, self._kube.now())
         now = time.monotonic()
         # Of many reports of one job, one look a second at the newest is enough.
         free = self._looks.take(key, now)
@@ -236,10 +236,10 @@ class Controller:
             self._applied.pop(key, None)
         if live:
             job = await self._read(key)
-        plan = reconcile(job, self.observe(key), datetime.now(UTC)) if job else Plan()
+        plan = reconcile(job, self.observe(key), self._kube.now()) if job else Plan()
         if plan.decisive and not live:
             job = await self._read(key)
-            plan = reconcile(job, self.observe(key), datetime.now(UTC)) if job else Plan()
+            plan = reconcile(job, self.observe(key), self._kube.now()) if job else Plan()
         if job is None:
             return None
         now = time.monotonic()
@@ -303,7 +303,7 @@ class Controller:
             patch = merge_patch(old, plan.status)
             if patch:
                 job = self._keep_job(key, await self._kube.patch_status(job, patch))
-                metrics.note_transition(old, _status_of(job), datetime.now(UTC))
+                metrics.note_transition(old, _status_of(job), self._kube.now())
         try:
             for kind, actions in itertools.groupby(plan.actions, _step):
                 together = list(actions)

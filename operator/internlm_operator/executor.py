@@ -6,7 +6,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Sequence
-from datetime import UTC, datetime
+from datetime import datetime
 from typing import Literal
 
 from internlm_operator import metrics
@@ -96,7 +96,7 @@ class Executor:
                     metrics.EVENTS_DROPPED.inc()
                     return
                 try:
-                    await self._kube.create(_event(job, action))
+                    await self._kube.create(_event(job, action, self._kube.now()))
                 except ApiError as error:
                     logger.warning("no event: %s", error, extra=about)
 
@@ -135,8 +135,8 @@ def _about(job: Object) -> Object:
     return {"job": f"{job['metadata']['namespace']}/{job['metadata']['name']}", "attempt": last_attempt(job)}
 
 
-def _event(job: Object, event: Event) -> Object:
-    metadata, now = job["metadata"], stamp(datetime.now(UTC))
+def _event(job: Object, event: Event, time: datetime) -> Object:
+    metadata, now = job["metadata"], stamp(time)
     return {
         "apiVersion": "v1",
         "kind": "Event",

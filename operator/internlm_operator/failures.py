@@ -22,6 +22,8 @@ CONTAINER = "trainer"
 FINAL = frozenset({"UserError", "Diverged"})
 OUT_OF_MEMORY = "OutOfMemory"
 LOST = "PodLost"
+# What a pod's agent says of processes that do not go on.
+HUNG = "Hung"
 MAX_MESSAGE = 1024
 
 # What gloo, NCCL, TCPStore and torchrun say when the *other* side went away.
@@ -36,6 +38,8 @@ _PEER_LOST = re.compile(
 _TORCHRUN_EXIT = re.compile(r"exitcode\s*:\s*(-?\d+)")
 _TORCHRUN_RANK = re.compile(r"^\s*rank\s*:\s*(\d{1,9})\b", re.MULTILINE)
 _TRAINERS_RANK = re.compile(r"rank (\d{1,9}): ")
+# What an agent says of a rank that is where it should be, and would go on if the others did.
+_WAITS = re.compile(r"rank \d{1,9} waits for the others")
 _EXCEPTION_LINE = re.compile(r"^(?:[\w.]+\.)?\w*(?:Error|Exception|Interrupt|Exit)\b.*$", re.MULTILINE)
 _REASON = re.compile(r"^[A-Za-z]([A-Za-z0-9_,:]*[A-Za-z0-9_])?$")
 
@@ -73,6 +77,11 @@ class Failure:
     def peer_lost(self) -> bool:
         """It ended since another worker did: somebody else's failure is the cause."""
         return self.reason == "Error" and bool(_PEER_LOST.search(self.message))
+
+    @property
+    def follows(self) -> bool:
+        """It lost its peers, or waited for them until it counted as hung: the cause is elsewhere, if it is known."""
+        return self.peer_lost or (self.reason == HUNG and bool(_WAITS.match(self.message)))
 
 
 def index_of(pod: Pod) -> int:
@@ -173,6 +182,11 @@ def on_lost_node(pod: Pod) -> Failure:
     return _failure(pod, "NodeLost", f"Node {(pod.get('spec') or {}).get('nodeName')} was deleted.")
 
 
+def on_silent_node(pod: Pod) -> Failure:
+    """The failure of a pod whose node does not answer, where others fail that depend on it."""
+    return _failure(pod, "NodeLost", f"Node {(pod.get('spec') or {}).get('nodeName')} does not answer.")
+
+
 def root_cause(failures: Iterable[Failure]) -> Failure | None:
     """The failure that the others follow from; None if there is none.
 
@@ -184,7 +198,7 @@ def root_cause(failures: Iterable[Failure]) -> Failure | None:
 
 def _blame(failure: Failure) -> tuple[bool, bool, float, int]:
     when = failure.time.timestamp() if failure.time else float("inf")
-    return failure.reason not in FINAL, failure.peer_lost, when, failure.index
+    return failure.reason not in FINAL, failure.follows, when, failure.index
 
 
 def _ended_container(pod: Pod, terminated: dict[str, Any]) -> Failure:

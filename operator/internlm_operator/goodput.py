@@ -13,13 +13,14 @@ from __future__ import annotations
 from datetime import datetime
 
 from internlm_operator.api import Attempt, Goodput, JobStatus
+from internlm_operator.failures import HUNG
 from internlm_operator.times import parse_time, stamp
 from internlm_operator.waits import REFUSED
 
 KINDS = tuple(name for name in Goodput.model_fields if name.endswith("_seconds"))
+# Processes that do not go on, or that nobody hears of.
+_HUNG = (HUNG, "NodeLost")
 _RUNNING = ("rendezvous_seconds", "productive_seconds", "hung_seconds")
-# What a pod's agent says of processes that do not go on.
-HUNG = "Hung"
 _RESTARTING = ("OldWorkersTerminating", "WaitingToRestart", "RestartingInPlace")
 _SCHEDULING = ("WorkersPending", "Unschedulable")
 # Why there are no pods, or none that may look for a node.
@@ -60,7 +61,7 @@ def _spend(
     if kind != "rendezvous_seconds":
         advanced = (after.end_step or 0) > (attempt.end_step or 0)
         # There were no steps, and so no write, since it hung.
-        hung = kind == "hung_seconds" or after.reason == HUNG or stalled
+        hung = kind == "hung_seconds" or after.reason in _HUNG or stalled
         kind = "hung_seconds" if hung and not advanced else "productive_seconds"
     saving = max(0, min(seconds, after.checkpoint_stall_seconds - attempt.checkpoint_stall_seconds))
     loaded = max(0, min(seconds - saving, after.load_seconds - attempt.load_seconds))

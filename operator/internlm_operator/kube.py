@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import AsyncIterator, Callable
+from datetime import UTC, datetime
 from types import TracebackType
 from typing import Self
 from urllib.parse import quote
@@ -17,6 +18,7 @@ from kubernetes.aio import client, config
 from internlm_operator.api import API_VERSION, KIND, PLURAL
 from internlm_operator.metrics import API_REQUESTS
 from internlm_operator.objects import JOB_LABEL, Object
+from internlm_operator.times import ServerClock
 
 FIELD_MANAGER = "internlm-operator"
 TIMEOUT_SECONDS = 30.0
@@ -50,13 +52,23 @@ class Kube:
     Every method raises ApiError where the server refuses or cannot be reached.
     """
 
-    def __init__(self, api: client.ApiClient, seconds_left: Callable[[], float] | None = None) -> None:
+    def __init__(
+        self,
+        api: client.ApiClient,
+        seconds_left: Callable[[], float] | None = None,
+        clock: ServerClock | None = None,
+    ) -> None:
         self._api = api
         self._seconds_left = seconds_left
+        self._clock = clock or ServerClock()
 
     def fenced(self, seconds_left: Callable[[], float]) -> Kube:
         """The same connection, writing only while `seconds_left()` is above 0, and no write takes longer."""
-        return Kube(self._api, seconds_left)
+        return Kube(self._api, seconds_left, self._clock)
+
+    def now(self) -> datetime:
+        """The time by the API server's clock."""
+        return self._clock.now()
 
     @classmethod
     async def connect(cls) -> Self:
@@ -209,6 +221,7 @@ class Kube:
         content_type: str = "application/json",
     ) -> Object:
         code: int | None = None
+        sent = datetime.now(UTC)
         try:
             request = await self._api.param_serialize(
                 method,
@@ -220,7 +233,9 @@ class Kube:
             )
             seconds = TIMEOUT_SECONDS if method == "GET" else self._seconds_to_write()
             response = await self._api.call_api(*request, _request_timeout=seconds)
+            received = datetime.now(UTC)
             content = await response.read()  # type: ignore[no-untyped-call]
+            self._clock.heard(response.headers.get("Date", ""), sent, received)
             code = response.status
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
             code = 0

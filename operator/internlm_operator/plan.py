@@ -186,24 +186,28 @@ class Draft:
 
     def remove(self, pods: list[Pod], grace_seconds: int | None = None) -> None:
         """Delete pods, and take those out of the way whose node does not answer any more."""
-        unwanted = [pod for pod in pods if not self._may_end_by_itself(pod)]
+        unwanted = [pod for pod in pods if not self._may_end_by_itself(pod, grace_seconds)]
         for pod in unwanted[:BURST]:
             metadata = pod["metadata"]
-            hopeless = metadata.get("deletionTimestamp") or self.health(node_of(pod)).gone
+            since = seconds_since(metadata.get("deletionTimestamp"), self.now) or 0.0
+            hopeless = since >= OVERDUE_SECONDS or self.health(node_of(pod)).gone
             self.actions.append(
                 Delete("Pod", metadata["name"], metadata["uid"], 0 if hopeless else grace_seconds)
             )
         if len(unwanted) > BURST:
             self.go_on()
 
-    def _may_end_by_itself(self, pod: Pod) -> bool:
-        """Whether a pod was told to end, and its node may still do it in time."""
+    def _may_end_by_itself(self, pod: Pod, grace_seconds: int | None) -> bool:
+        """Whether a pod was told to end, in no longer than it is to have, and its node may still do it in time."""
         metadata = pod["metadata"]
         since = seconds_since(metadata.get("deletionTimestamp"), self.now)
         if since is None:
             return False
-        if metadata.get("deletionGracePeriodSeconds") == 0:
+        grace = metadata.get("deletionGracePeriodSeconds")
+        if grace == 0:
             return True  # only a finalizer, which is somebody else's, holds it now
+        if grace_seconds is not None and grace_seconds < (grace or 0):
+            return False
         if since >= OVERDUE_SECONDS or self.health(node_of(pod)).gone:
             return False
         self.wake(OVERDUE_SECONDS - since)

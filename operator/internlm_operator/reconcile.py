@@ -311,13 +311,18 @@ def _failure(draft: Draft, spec: JobSpec) -> Failure | None:
         if left is not None and left <= 0:
             found.append(inplace.late(attempt, gang, draft.agents))
         found += [failures.lost(worker_name(draft.name, index), index) for index in draft.missing(spec.nodes)]
-    return failures.root_cause(found)
+    cause = failures.root_cause(found)
+    if cause is not None and cause.follows:
+        # Kubernetes says so of a node before it gives up the pods there, and before long its peers hang.
+        silent = [pod for pod in gang if not draft.health(node_of(pod)).ready and not failures.is_over(pod)]
+        cause = next(map(failures.on_silent_node, silent), cause)
+    return cause
 
 
 def _may_be_secondary(draft: Draft, failure: Failure) -> bool:
     """Whether to wait a moment for the worker that failed by itself: its status may still be on the way."""
     age = (draft.now - failure.time).total_seconds() if failure.time else None
-    if not failure.peer_lost or age is None or not 0 <= age < SETTLE_SECONDS:
+    if not failure.follows or age is None or not 0 <= age < SETTLE_SECONDS:
         return False
     draft.wake(SETTLE_SECONDS - age)
     return any(map(failures.is_running, draft.gang()))
@@ -328,7 +333,8 @@ def _judge(draft: Draft, spec: JobSpec, failure: Failure) -> Verdict:
     cause = cause_of(failure, draft.health(failure.node))
     attempt = current_attempt(draft.status)
     assert attempt is not None
-    stay = inplace.possible(attempt, draft.gang(), spec.nodes, draft.agents)
+    answer = all(draft.health(node_of(pod)).ready for pod in draft.gang())
+    stay = answer and inplace.possible(attempt, draft.gang(), spec.nodes, draft.agents)
     verdict = decide(draft.status, spec.recovery, failure, cause, draft.now, in_place=stay)
     note_failure(draft.status, spec.recovery, failure, cause, verdict.action, draft.now)
     if verdict.action == "GangRestartAvoidingNode":

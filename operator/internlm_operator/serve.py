@@ -7,7 +7,6 @@ import logging
 import socket
 import uuid
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from typing import Any
 
 import kopf
@@ -88,7 +87,7 @@ async def _serve_jobs(
         options.max_excluded_percent,
     )
     controller = Controller(kube.fenced(lease.seconds_left), settings)
-    job_metrics = metrics.JobMetrics(controller.jobs, lambda: lease.leads, lambda: datetime.now(UTC))
+    job_metrics = metrics.JobMetrics(controller.jobs, lambda: lease.leads, kube.now)
     metrics.REGISTRY.register(job_metrics)
     app = channel.Channel(Authenticator(kube, controller), controller, lease, certificates).application()
     server = await channel.serve(app, options.channel_port, certificates.server)

@@ -2,7 +2,38 @@
 
 from __future__ import annotations
 
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
+from email.utils import parsedate_to_datetime
+
+# Between two clocks, so much is no difference: the time of an answer is told in whole seconds.
+TOLERATED = timedelta(seconds=1)
+
+
+class ServerClock:
+    """The time by the API server's clock, which is in all that Kubernetes tells: when a pod was deleted, when a
+    container ended, when a job was made.  Where this machine's own clock agrees to a second or so, it is that.
+
+    Cristian, Probabilistic clock synchronization, 1989.
+    """
+
+    def __init__(self) -> None:
+        self.ahead = timedelta()
+        """How much the server's clock is ahead of this machine's."""
+
+    def now(self) -> datetime:
+        return datetime.now(UTC) + self.ahead
+
+    def heard(self, date: str, sent: datetime, received: datetime) -> None:
+        """Learn from the `Date` of an answer to a request that was sent, and the answer received, at these times."""
+        try:
+            told = parsedate_to_datetime(date)
+        except ValueError:
+            return
+        if told.tzinfo is None:
+            return
+        least, most = told - received, told + timedelta(seconds=1) - sent
+        if not least - TOLERATED <= self.ahead <= most + TOLERATED:
+            self.ahead = (least + most) / 2
 
 
 def stamp(time: datetime) -> str:

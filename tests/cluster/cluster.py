@@ -228,6 +228,15 @@ class Cluster:
         )
         return name
 
+    @property
+    def token_key(self) -> Path:
+        """The key with which the API server signs service account tokens."""
+        return self.control_plane.authority.folder / "tokens.key"
+
+    def node_root(self, name: str) -> Path:
+        """A node's file system, as its own processes see it."""
+        return Path(f"/proc/{self._node(name).init}/root")
+
     # Misfortune
 
     def _node(self, name: str) -> Node:
@@ -270,6 +279,14 @@ class Cluster:
     def heal_node(self, name: str) -> None:
         self.switch.set_link(name, up=True)
 
+    def stop_kubelet(self, name: str) -> None:
+        """Kill the node's kubelet: its containers run on, and nobody speaks for them."""
+        self.state.stop(f"{name}-kubelet")
+
+    def start_kubelet(self, name: str) -> None:
+        self.state.restart(self.state.daemons[f"{name}-kubelet"])
+        self.wait_node(name)
+
     def set_healthy_gpus(self, name: str, count: int) -> None:
         """Let all but this many of the node's GPUs fail: allocatable follows within a second or two."""
         self._node(name).set_healthy_gpus(count)
@@ -293,6 +310,13 @@ class Cluster:
     def start_apiserver(self) -> None:
         self.state.restart(self.state.daemons["kube-apiserver"])
         self.control_plane.wait_ready()
+
+    def stop_s3(self) -> None:
+        """Kill the object storage; what it has stored stays."""
+        self.state.stop("minio")
+
+    def start_s3(self) -> None:
+        self.state.restart(self.state.daemons["minio"])
 
 
 def main() -> None:

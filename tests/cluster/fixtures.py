@@ -29,6 +29,12 @@ def cluster() -> Iterator[Cluster]:
     reason = binaries.unavailable()
     if reason:
         pytest.skip(reason)
+    if name := os.environ.get("INTERNLM_TEST_CLUSTER"):
+        known = Cluster.attach(name)
+        if known is None or len(known.nodes) != 2:
+            pytest.fail(f"INTERNLM_TEST_CLUSTER: there is no cluster {name!r} of two nodes (make cluster)")
+        yield known
+        return
     with running(nodes=2) as started:
         yield started
 

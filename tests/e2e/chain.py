@@ -119,9 +119,13 @@ class Jobs:
         items: list[Manifest] = json.loads(self.kubectl("get", kinds, selector, "--output=json"))["items"]
         return items
 
+    def job(self, name: str) -> Manifest:
+        found: Manifest = json.loads(self.kubectl("get", "ilj", name, "--output=json"))
+        return found
+
     def status(self, name: str) -> Manifest:
-        job: Manifest = json.loads(self.kubectl("get", "ilj", name, "--output=json"))
-        return job.get("status", {})
+        found: Manifest = self.job(name).get("status", {})
+        return found
 
     def condition(self, name: str, type: str) -> Manifest:
         found: list[Manifest] = self.status(name).get("conditions", [])

@@ -12,12 +12,19 @@ from cluster import binaries, images
 from cluster.cluster import Cluster
 from cluster.controlplane import wait_until
 from e2e.chain import OPERATOR_NAMESPACE, SECRET, Jobs, helm
+from e2e.recovery_times import PASSED
 
 ROOT = Path(__file__).resolve().parents[2]
 NAMESPACE = "team-a"
 TAGS = {target: f"localhost/internlm-{target}" for target in ("operator", "trainer")}
 # Real text that every machine has: about half a megabyte of Python's standard library.
 TEXTS = ("argparse", "ast", "datetime", "decimal", "doctest", "inspect", "pathlib", "tarfile", "typing")
+
+
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> None:
+    passed = item.session.stash.setdefault(PASSED, set())
+    if call.when == "call" and call.excinfo is None:
+        passed.add(item.nodeid)
 
 
 @pytest.fixture(scope="session")

@@ -216,6 +216,11 @@ class World:
         elif "deletionTimestamp" not in pod["metadata"]:
             pod["metadata"]["deletionTimestamp"] = stamp(self.now + timedelta(seconds=seconds))
             pod["metadata"]["deletionGracePeriodSeconds"] = seconds
+        elif (sooner := pod["metadata"]["deletionGracePeriodSeconds"] - seconds) > 0:
+            ends = parse_time(pod["metadata"]["deletionTimestamp"])
+            assert ends is not None
+            pod["metadata"]["deletionTimestamp"] = stamp(ends - timedelta(seconds=sooner))
+            pod["metadata"]["deletionGracePeriodSeconds"] = seconds
 
     # The scripted scheduler and kubelet
 

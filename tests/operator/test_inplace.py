@@ -8,6 +8,7 @@ import pytest
 from operator_world import World, make_report, message
 
 from internlm_operator.inplace import READY_SECONDS
+from internlm_operator.nodes import NodeHealth
 from internlm_operator.plan import Create, Delete
 
 HUNG = message("Hung", "rank 3 hangs in step 41, fwd_bwd for 12 s")
@@ -142,6 +143,48 @@ def test_pods_that_are_gone_or_going_or_without_an_agent_are_made_anew() -> None
         world.pods.clear()
         world.settle()
         assert "gang" not in world.status["attempts"][-1], happens
+
+
+WAITS = message("Hung", "rank 0 waits for the others in step 41, reduce for 13 s")
+
+
+def test_a_worker_that_only_waits_for_one_on_a_silent_node_is_not_to_blame_and_pods_there_are_made_anew() -> (
+    None
+):
+    world = started()
+    world.nodes["node-1"] = NodeHealth(ready=False)
+    world.agents_tell(1, 0, ended=(70, WAITS))
+    world.settle()
+    failure = world.status["lastFailure"]
+    assert (failure["class"], failure["reason"]) == ("Infrastructure", "NodeLost")
+    assert (failure["pod"], failure["node"]) == ("job-worker-1", "node-1")
+    assert failure["message"] == "Node node-1 does not answer."
+    assert failure["action"] == "GangRestart"
+
+
+def test_where_all_nodes_answer_the_one_that_hangs_is_waited_for_and_named() -> None:
+    world = started()
+    world.agents_tell(1, 0, ended=(70, WAITS))
+    world.settle()
+    assert world.status["restarts"] == 0
+    world.wait(1)
+    world.agents_tell(1, 1, ended=(70, HUNG))
+    world.settle()
+    failure = world.status["lastFailure"]
+    assert (failure["pod"], failure["reason"], failure["action"]) == (
+        "job-worker-1",
+        "Hung",
+        "InPlaceRestart",
+    )
+
+
+def test_a_failure_of_its_own_is_not_blamed_on_a_silent_node() -> None:
+    world = started()
+    world.nodes["node-1"] = NodeHealth(ready=False)
+    world.agents_tell(1, 0, ended=(137, message("Killed", "rank 0 was ended by signal 9 (SIGKILL)")))
+    world.settle()
+    assert world.status["lastFailure"]["pod"] == "job-worker-0"
+    assert world.status["lastFailure"]["action"] == "GangRestart", "a silent node starts nothing in place"
 
 
 def test_what_only_an_edit_helps_ends_the_job_and_its_pods_end_by_themselves() -> None:

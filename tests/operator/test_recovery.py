@@ -7,7 +7,10 @@ from typing import Any
 import pytest
 from operator_world import World, make_report, message
 
-from internlm_operator.plan import Delete, Event
+from internlm_operator.nodes import NodeHealth
+from internlm_operator.objects import GRACE_SECONDS
+from internlm_operator.plan import OVERDUE_SECONDS, Delete, Event
+from internlm_operator.reconcile import CRASH_GRACE_SECONDS
 from internlm_operator.times import stamp
 
 
@@ -124,6 +127,34 @@ def test_a_pod_whose_node_is_gone_is_not_waited_for_forever() -> None:
     assert [(a.name, a.grace_seconds) for a in actions(plan, Delete)] == [("job-worker-1", 0)]
     world.settle()
     assert world.attempt_of(1) == "2"
+
+
+def test_a_worker_on_a_dead_node_has_no_longer_grace_than_its_peers_that_crashed() -> None:
+    world = World()
+    world.start()
+    world.nodes["node-1"] = NodeHealth(ready=False)
+    world.pod(1)["status"]["conditions"] = [
+        {"type": "DisruptionTarget", "status": "True", "reason": "DeletionByTaintManager", "message": "why"}
+    ]
+    world.delete("job-worker-1")  # by Kubernetes, with the pod's own grace of a minute
+    world.settle()
+    assert world.status["lastFailure"]["class"] == "Infrastructure"
+    assert world.pod(1)["metadata"]["deletionGracePeriodSeconds"] == CRASH_GRACE_SECONDS
+    world.wait(CRASH_GRACE_SECONDS + OVERDUE_SECONDS)
+    world.settle()
+    assert world.attempt_of(1) == "2", "the old one was deleted by force"
+
+
+def test_a_grace_that_workers_may_save_in_is_not_made_shorter() -> None:
+    world = World()
+    world.start()
+    world.pod(1)["status"]["conditions"] = [
+        {"type": "DisruptionTarget", "status": "True", "reason": "EvictionByEvictionAPI", "message": "why"}
+    ]
+    world.delete("job-worker-1")
+    world.settle()
+    graces = {pod["metadata"]["deletionGracePeriodSeconds"] for pod in world.pods.values()}
+    assert graces == {GRACE_SECONDS}
 
 
 @pytest.mark.parametrize("reason", ["UserError", "Diverged"])
