@@ -96,6 +96,8 @@ class Ward:
         self.jobs, self.watcher = jobs, watcher
         self.names: list[str] = []
         self.cases: list[Case] = []
+        self._admitted = 0
+        self._broken = ""
         data = {"sitecustomize.py": Path(inside.__file__).read_text()}
         metadata = {"name": CONFIG_MAP, "namespace": jobs.namespace}
         jobs.cluster.apply({"apiVersion": "v1", "kind": "ConfigMap", "metadata": metadata, "data": data})
@@ -105,33 +107,29 @@ class Ward:
     def admit(self, clock: int = 0) -> str:
         """Make a job, after the end of the one before; it is compared to the reference at the end."""
         self.finish()
-        name = f"hurt-{len(self.names) + 1}"
+        self._admitted += 1
+        name = f"hurt-{self._admitted}"
         self.names.append(name)
         self.jobs.apply(manifest(self.jobs, name, clock))
         return name
 
     def finish(self) -> None:
-        """Let the last job train to its end; what a fault has broken is removed."""
-        if not self.names:
-            return
-        name = self.names[-1]
-        try:
+        """Let the last job train to its end; one that a test has failed with is removed."""
+        if self.names and self.names[-1] == self._broken:
+            self.jobs.kubectl("delete", "ilj", self.names.pop(), "--timeout=120s")
+        elif self.names:
+            name = self.names[-1]
             self.until(name, lambda: self._phase(name) == "Succeeded", "its end", RECOVERY_SECONDS)
-        except AssertionError:
-            self.names.pop()
-            self.jobs.kubectl("delete", "ilj", name, "--timeout=120s")
-            raise
 
     def compare(self) -> tuple[dict[str, Any], Any]:
         """The shards of all hurt jobs' last checkpoints, and of the reference's."""
-        return {name: self.jobs.weights(name, STEPS) for name in self.names}, self.jobs.weights(
-            "whole", STEPS
-        )
+        hurt = {name: self.jobs.weights(name, STEPS) for name in self.names}
+        return hurt, self.jobs.weights("whole", STEPS)
 
     def patient(self, seconds: float = 0.0) -> str:
         """A job in steady training, which it will still be after `seconds` and another restart."""
-        if self.names and self._phase(self.names[-1]) not in ("Succeeded", "Failed"):
-            name = self.names[-1]
+        name = self.names[-1] if self.names else self._broken
+        if name != self._broken and self._phase(name) != "Succeeded":
             self.steady(name)
             if STEPS - self.history(name).furthest > self._speed(name) * (seconds + CYCLE_SECONDS):
                 return name
@@ -162,8 +160,9 @@ class Ward:
         return str(self.status(name).get("phase"))
 
     def _speed(self, name: str) -> float:
-        """Steps a second, of late."""
-        first, last = self.history(name).steps[-EVERY_STEPS], self.history(name).steps[-1]
+        """Steps a second, in the newest attempt."""
+        last = self.history(name).steps[-1]
+        first = next(seen for seen in self.history(name).steps if seen.attempt == last.attempt)
         return (last.step - first.step) / max(last.time - first.time, 0.1)
 
     def until(self, name: str, reached: Callable[[], object], what: str, timeout: float) -> None:
@@ -174,12 +173,13 @@ class Ward:
             if reached():
                 return True
             if over:
-                raise AssertionError(f"{name} ended before {what}\n{self.jobs.story(name)}")
+                raise TimeoutError(f"it ended before {what}")
             return False
 
         try:
             wait_until(look, what, timeout, interval=0.1)
         except TimeoutError as error:
+            self._broken = name
             raise AssertionError(f"{name}: {error}\n{self.jobs.story(name)}") from None
 
     # Faults
