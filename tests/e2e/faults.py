@@ -20,8 +20,8 @@ from e2e.misfortune import CLOCK_FOLDER, CLOCK_MAP, clock_variables
 from e2e.recovery_times import Case
 from e2e.watching import History, Stepped, Watcher
 
-STEPS = 2000
-EVERY_STEPS = 25
+STEPS = int(os.environ.get("INTERNLM_FAULT_STEPS", "1500"))
+EVERY_STEPS = 10
 RECOVERY_SECONDS = 300
 # Seconds of training that a restart and its new checkpoints cost, at most.
 CYCLE_SECONDS = 15
@@ -81,7 +81,7 @@ def manifest(jobs: Jobs, name: str, clock: int = 0) -> Manifest:
     preference = {"weight": 100, "podAffinityTerm": apart}
     pod["affinity"] = {"podAntiAffinity": {"preferredDuringSchedulingIgnoredDuringExecution": [preference]}}
     recovery = {
-        "hangTimeouts": {"setupSeconds": 120, "stepSeconds": 10, "checkpointSeconds": 30},
+        "hangTimeouts": {"setupSeconds": 300, "stepSeconds": 10, "checkpointSeconds": 30},
         # Of two nodes none can be left out.
         "excludeNodeSeconds": 0,
     }

@@ -57,14 +57,14 @@ class Operators:
         pod, lease = self.leader, self._transitions()
         os.kill(self.cluster.container_pids(self.namespace, pod, "operator")[0], signal.SIGKILL)
         begun = time.time()
-        wait_until(lambda: self._transitions() > lease, "another leader", 60)
+        wait_until(lambda: self._transitions() > lease, "another leader", 60, interval=0.5)
         return time.time() - begun
 
     def kill_all(self) -> float:
         """Delete all replicas without waiting for their nodes; seconds until one leads."""
         lease, begun = self._transitions(), time.time()
         self.kubectl("delete", "pods", "--all", "--force", "--grace-period=0")
-        wait_until(lambda: self._transitions() > lease, "another leader", 120)
+        wait_until(lambda: self._transitions() > lease, "another leader", 120, interval=0.5)
         return time.time() - begun
 
     def _transitions(self) -> int:
