@@ -45,7 +45,7 @@ class Operators:
         wait_until(
             lambda: (
                 self.kubectl("get", "deployment", "internlm-operator", path) == "2/2/2"
-                and self.leader in self.kubectl("get", "pods", "--output=name")
+                and f"pod/{self.leader}" in self.kubectl("get", "pods", "--output=name").split()
             ),
             "both replicas to be ready",
             120,

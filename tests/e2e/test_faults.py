@@ -40,7 +40,7 @@ def ward(jobs: Jobs) -> Iterator[Ward]:
     with Watcher(jobs.cluster.kubeconfig, jobs.namespace).running() as watcher:
         found = Ward(jobs, watcher)
         jobs.apply(manifest(jobs, "whole"))
-        found.until("whole", lambda: found.status("whole").get("phase") == "Succeeded", "its end", 600)
+        found.until("whole", lambda: found.status("whole").get("phase") == "Succeeded", "its end", 900)
         yield found
 
 

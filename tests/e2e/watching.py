@@ -79,7 +79,10 @@ class Watcher:
         self.namespace = namespace
         self.jobs: dict[str, History] = defaultdict(History)
         self._stop = threading.Event()
-        self._api = client.CustomObjectsApi(config.new_client_from_config(str(kubeconfig)))
+        settings = client.Configuration()
+        config.load_kube_config(str(kubeconfig), client_configuration=settings)
+        settings.retries = False  # the next look comes at once
+        self._api = client.CustomObjectsApi(client.ApiClient(settings))
         self._workers: dict[int, Worker] = {}
 
     @contextmanager
