@@ -312,8 +312,9 @@ def _failure(draft: Draft, spec: JobSpec) -> Failure | None:
             found.append(inplace.late(attempt, gang, draft.agents))
         found += [failures.lost(worker_name(draft.name, index), index) for index in draft.missing(spec.nodes)]
     cause = failures.root_cause(found)
-    if cause is not None and cause.follows:
-        # Kubernetes says so of a node before it gives up the pods there, and before long its peers hang.
+    waits = attempt is not None and inplace.seconds_left(attempt, draft.now) is not None
+    if waits if cause is None else cause.follows:
+        # Kubernetes says so of a node before it gives up the pods there: whoever needs them waits in vain.
         silent = [pod for pod in gang if not draft.health(node_of(pod)).ready and not failures.is_over(pod)]
         cause = next(map(failures.on_silent_node, silent), cause)
     return cause

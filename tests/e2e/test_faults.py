@@ -148,8 +148,9 @@ def test_a_node_is_lost(ward: Ward, cluster: Cluster, fault: str, harm: object, 
     finally:
         mend(cluster, node)  # type: ignore[operator]
         cluster.wait_node(node)
-    failure = found.failures[0]
-    assert (failure["class"], failure["node"]) == ("Infrastructure", node), failure
+    # Worker 0 may lose its peer before anybody knows of the node.
+    failure = found.failures[-1]
+    assert (failure["class"], failure["node"]) == ("Infrastructure", node), found.failures
     assert failure["pod"] == f"{name}-worker-1", failure
     ward.note(fault, "node of worker 1", found, "the gang goes to the other node")
 

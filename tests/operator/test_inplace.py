@@ -162,6 +162,23 @@ def test_a_worker_that_only_waits_for_one_on_a_silent_node_is_not_to_blame_and_p
     assert failure["action"] == "GangRestart"
 
 
+def test_an_attempt_in_place_waits_for_nobody_on_a_silent_node() -> None:
+    world = started()
+    lost = message("Error", "rank 0: RuntimeError: Connection reset by peer")
+    world.agents_tell(1, 0, ended=(1, lost))  # its node was killed a moment ago, and nobody knows it yet
+    world.wait(5)
+    world.settle()
+    assert world.status["lastFailure"]["action"] == "InPlaceRestart"
+    world.agents_tell(2, 0)
+    world.settle()
+    assert world.status["restarts"] == 1
+    world.nodes["node-1"] = NodeHealth(ready=False)
+    world.settle()
+    failure = world.status["lastFailure"]
+    assert (failure["attempt"], failure["reason"], failure["pod"]) == (2, "NodeLost", "job-worker-1")
+    assert failure["action"] == "GangRestart"
+
+
 def test_where_all_nodes_answer_the_one_that_hangs_is_waited_for_and_named() -> None:
     world = started()
     world.agents_tell(1, 0, ended=(70, WAITS))
