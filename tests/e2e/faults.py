@@ -264,10 +264,8 @@ class Ward:
         ended, step = time.time(), self.history(name).furthest
         self.until(name, lambda: self.history(name).furthest > step, "a step after it", 60)
         stood = self.history(name).longest_stand(begun, time.time())
-        self.until(name, lambda: self.status(name)["progress"]["step"] > step, "news after it", 120)
-        heard = next(
-            seen.time for seen in self.history(name).statuses if seen.status["progress"]["step"] > step
-        )
+        self.until(name, lambda: told_step(self.status(name)) > step, "news after it", 120)
+        heard = next(seen.time for seen in self.history(name).statuses if told_step(seen.status) > step)
         assert self.pods(name) == pods, self.jobs.story(name)
         assert self.status(name)["restarts"] == restarts
         self.check(name)
@@ -286,6 +284,10 @@ class Ward:
 
     def node_of(self, name: str, worker: int) -> str:
         return str(self.pod(name, worker)["spec"]["nodeName"])
+
+
+def told_step(status: dict[str, Any]) -> int:
+    return int(status.get("progress", {}).get("step", 0))
 
 
 class Hurt(NamedTuple):
