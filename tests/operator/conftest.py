@@ -71,6 +71,10 @@ def here(control_plane: Cluster, tmp_path_factory: pytest.TempPathFactory) -> It
         "--output=name",
     )
     wait_until(lambda: control_plane.kubectl(*default), "the default service account", 60)
+    # The API server learns of new roles a moment after they were made; an operator without rights ends.
+    able = ("auth", "can-i", f"--namespace={NAMESPACE}", f"--as=system:serviceaccount:{NAMESPACE}:operator")
+    for right in (("list", "internlmjobs.training.internlm.io"), ("create", "secrets")):
+        wait_until(lambda: "yes" in control_plane.kubectl(*able, *right, check=False), " ".join(right), 30)  # noqa: B023
     operator.start()
     with config.new_client_from_config(str(control_plane.kubeconfig)) as connection:
         yield Here(connection, operator)
