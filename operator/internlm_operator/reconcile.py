@@ -48,6 +48,7 @@ from internlm_operator.status import (
     reset_budget,
     take_last_step,
     take_report,
+    what_is_saved,
 )
 from internlm_operator.times import parse_time, seconds_since, stamp
 from internlm_operator.waits import start_problem
@@ -250,24 +251,10 @@ def _suspend(draft: Draft) -> Plan:
         draft.say("Suspended", False, "Suspending", f"Waiting for {len(draft.pods)} pods to end.")
         return draft.plan("Suspending")
     if not holds(draft.status, "Suspended"):
-        draft.event("Normal", "Suspended", f"No worker is left. {_what_is_saved(draft)}")
+        draft.event("Normal", "Suspended", f"No worker is left. {what_is_saved(draft.status)}")
     draft.stage(None, "Suspended", "Set spec.suspend to false to go on.")
-    draft.say("Suspended", True, "SuspendRequested", _what_is_saved(draft))
+    draft.say("Suspended", True, "SuspendRequested", what_is_saved(draft.status))
     return draft.plan("Suspended")
-
-
-def _what_is_saved(draft: Draft) -> str:
-    """Where a suspended job will go on, and whether its workers had the time to save all that they had done."""
-    checkpoint = draft.status.checkpoint
-    saved = checkpoint.step if checkpoint else 0
-    lost = (draft.status.attempts[-1].end_step or 0) - saved if draft.status.attempts else 0
-    sentence = f"Set spec.suspend to false to go on from step {saved}."
-    if lost > 0:
-        sentence += (
-            f" {lost} steps after it were not saved; if the workers had too little time, make "
-            "spec.template.spec.terminationGracePeriodSeconds longer."
-        )
-    return sentence
 
 
 def _note_resume(draft: Draft) -> None:

@@ -205,3 +205,17 @@ def progress_write_due(old: JobStatus, now: datetime) -> float:
     age = seconds_since(old.progress.last_report_time, now)
     # A time in the future comes from another clock; do not wait for it.
     return PROGRESS_SECONDS - age if age is not None and 0 <= age < PROGRESS_SECONDS else 0.0
+
+
+def what_is_saved(status: JobStatus) -> str:
+    """Where a suspended job will go on, and whether its workers had the time to save all that they had done."""
+    checkpoint = status.checkpoint
+    saved = checkpoint.step if checkpoint else 0
+    lost = (status.attempts[-1].end_step or 0) - saved if status.attempts else 0
+    sentence = f"Set spec.suspend to false to go on from step {saved}."
+    if lost > 0:
+        sentence += (
+            f" {lost} steps after it were not saved; if the workers had too little time, make "
+            "spec.template.spec.terminationGracePeriodSeconds longer."
+        )
+    return sentence
