@@ -216,6 +216,10 @@ class Draft:
     def health(self, node: str) -> NodeHealth:
         return self.observed.nodes.get(node, NodeHealth())
 
+    def on_silent_nodes(self, pods: list[Pod]) -> list[Pod]:
+        """Those whose node does not answer, as far as they are not over."""
+        return [pod for pod in pods if not self.health(node_of(pod)).ready and not failures.is_over(pod)]
+
     def plan(self, phase: Phase) -> Plan:
         status = self.status
         status.phase = phase

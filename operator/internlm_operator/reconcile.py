@@ -291,18 +291,16 @@ def _failure(draft: Draft, spec: JobSpec) -> Failure | None:
     if attempt is not None:
         gang = [inplace.as_reported(pod, attempt, draft.agents) for pod in gang]
     found = [failure for pod in gang if (failure := failures.failure_of(pod)) is not None]
-    lost = (pod for pod in gang if draft.health(node_of(pod)).gone and not failures.is_over(pod))
-    found += map(failures.on_lost_node, lost)
+    silent = draft.on_silent_nodes(gang)
+    found += [failures.on_lost_node(pod) for pod in silent if draft.health(node_of(pod)).gone]
+    left = inplace.seconds_left(attempt, draft.now) if attempt is not None else None
     if attempt is not None and attempt.formed:
-        left = inplace.seconds_left(attempt, draft.now)
         if left is not None and left <= 0:
             found.append(inplace.late(attempt, gang, draft.agents))
         found += [failures.lost(worker_name(draft.name, index), index) for index in draft.missing(spec.nodes)]
     cause = failures.root_cause(found)
-    waits = attempt is not None and inplace.seconds_left(attempt, draft.now) is not None
-    if waits if cause is None else cause.follows:
+    if cause.follows if cause is not None else left is not None:
         # Kubernetes says so of a node before it gives up the pods there: whoever needs them waits in vain.
-        silent = [pod for pod in gang if not draft.health(node_of(pod)).ready and not failures.is_over(pod)]
         cause = next(map(failures.on_silent_node, silent), cause)
     return cause
 
@@ -321,8 +319,8 @@ def _judge(draft: Draft, spec: JobSpec, failure: Failure) -> Verdict:
     cause = cause_of(failure, draft.health(failure.node))
     attempt = current_attempt(draft.status)
     assert attempt is not None
-    answer = all(draft.health(node_of(pod)).ready for pod in draft.gang())
-    stay = answer and inplace.possible(attempt, draft.gang(), spec.nodes, draft.agents)
+    gang = draft.gang()
+    stay = not draft.on_silent_nodes(gang) and inplace.possible(attempt, gang, spec.nodes, draft.agents)
     verdict = decide(draft.status, spec.recovery, failure, cause, draft.now, in_place=stay)
     note_failure(draft.status, spec.recovery, failure, cause, verdict.action, draft.now)
     if verdict.action == "GangRestartAvoidingNode":
