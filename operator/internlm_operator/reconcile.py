@@ -286,8 +286,7 @@ def _end_if_changed(draft: Draft, spec: JobSpec) -> None:
 
 def _failure(draft: Draft, spec: JobSpec) -> Failure | None:
     """What ended the current attempt; None while it has every worker it should have."""
-    attempt = current_attempt(draft.status)
-    gang = draft.gang()
+    attempt, gang = current_attempt(draft.status), draft.gang()
     if attempt is not None:
         gang = [inplace.as_reported(pod, attempt, draft.agents) for pod in gang]
     found = [failure for pod in gang if (failure := failures.failure_of(pod)) is not None]
@@ -317,9 +316,8 @@ def _may_be_secondary(draft: Draft, failure: Failure) -> bool:
 def _judge(draft: Draft, spec: JobSpec, failure: Failure) -> Verdict:
     """Decide what to do about the failure of the current attempt, which is over."""
     cause = cause_of(failure, draft.health(failure.node))
-    attempt = current_attempt(draft.status)
+    attempt, gang = current_attempt(draft.status), draft.gang()
     assert attempt is not None
-    gang = draft.gang()
     stay = not draft.on_silent_nodes(gang) and inplace.possible(attempt, gang, spec.nodes, draft.agents)
     verdict = decide(draft.status, spec.recovery, failure, cause, draft.now, in_place=stay)
     note_failure(draft.status, spec.recovery, failure, cause, verdict.action, draft.now)
