@@ -40,15 +40,15 @@ def cluster() -> Iterator[Cluster]:
 
 
 @pytest.fixture(scope="session")
-def control_plane(request: pytest.FixtureRequest) -> Iterator[Cluster]:
-    """An API server with its controllers, maybe without nodes. Tests share it, as they do `cluster`."""
-    if "cluster" in _all_fixtures(request.session) and binaries.unavailable() is None:
-        yield request.getfixturevalue("cluster")
-        return
+def control_plane() -> Iterator[Cluster]:
+    """An API server with its controllers, without nodes, for tests that play the kubelet.
+
+    Not `cluster`, whose garbage collector deletes pods on nodes that it does not know.
+    """
     reason = binaries.unavailable(nodes=False)
     if reason:
         pytest.skip(reason)
-    with running(nodes=0) as started:
+    with running(nodes=0, name="plane") as started:
         yield started
 
 

@@ -15,7 +15,7 @@ from internlm_trainer.config import OptimizerSpec, ScheduleSpec, TrainingSpec
 from internlm_trainer.generate import Sampling, complete
 from internlm_trainer.kernels.attention import Documents
 from internlm_trainer.optim.schedule import learning_rate
-from internlm_trainer.telemetry.report import Reporter
+from internlm_trainer.telemetry.report import Reporter, post
 from internlm_trainer.telemetry.termination import MAX_BYTES, encode, leave_message
 from trainer.loop.conftest import Channel
 
@@ -123,7 +123,8 @@ def test_a_channel_that_does_not_take_reports_is_told_once_and_tried_again(
 ) -> None:
     channel.answer = answer
     for step in (1, 2):
-        reporter._post({"step": step})
+        with reporter._outage.told():
+            post(reporter._url, {"step": step})
     channel.answer = 200
     reporter.send({"step": 3})
     reporter.close()
