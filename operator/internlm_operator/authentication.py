@@ -66,17 +66,19 @@ class Authenticator:
         until, verdict = self._verdicts.get(fingerprint, (0.0, Verdict()))
         if time.monotonic() < until:
             return verdict
-        now = self._kube.now().timestamp()
-        wrong, expiry = _glance(key, token, now)
+        wrong, expiry = _glance(key, token, self._now())
         if wrong:  # it costs the API server nothing
             return Verdict(wrong)
         async with self._reviews:
             verdict = await self._review(key, token)
         if len(self._verdicts) >= MAX_VERDICTS:
             self._drop_old()
-        seconds = REJECTED_SECONDS if verdict.refusal else min(ACCEPTED_SECONDS, expiry - now)
+        seconds = REJECTED_SECONDS if verdict.refusal else min(ACCEPTED_SECONDS, expiry - self._now())
         self._verdicts[fingerprint] = (time.monotonic() + seconds, verdict)
         return verdict
+
+    def _now(self) -> float:
+        return self._kube.now().timestamp()
 
     async def _review(self, key: Key, token: str) -> Verdict:
         namespace, name = key

@@ -1,7 +1,7 @@
 """The shell around `reconcile`: it gathers what there is, asks for a plan and carries it out.
 
-Watch events only fill caches and wake a job's key; a cache may be behind, so a plan that does more than note
-progress is made again on what the API server says at that moment before it is carried out.
+Watch events only fill caches and wake a job's key; a cache may be behind, so a plan that rests on pods which are not
+there is made again on what the API server says at that moment before it is carried out.
 """
 
 from __future__ import annotations

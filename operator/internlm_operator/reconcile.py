@@ -298,7 +298,8 @@ def _failure(draft: Draft, spec: JobSpec) -> Failure | None:
             found.append(inplace.late(attempt, gang, draft.agents))
         found += [failures.lost(worker_name(draft.name, index), index) for index in draft.missing(spec.nodes)]
     cause = failures.root_cause(found)
-    if cause.follows if cause is not None else left is not None:
+    waits = cause.follows if cause is not None else left is not None
+    if waits:
         # Kubernetes says so of a node before it gives up the pods there: whoever needs them waits in vain.
         cause = next(map(failures.on_silent_node, silent), cause)
     return cause

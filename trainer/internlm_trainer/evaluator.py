@@ -19,14 +19,14 @@ from internlm_operator.api import JobSpec
 from internlm_operator.manifest import JobError, load_manifests, parse_job
 from internlm_trainer.checkpoint import BadCheckpoint, StorageUnavailable
 from internlm_trainer.checkpoint.folder import Folder
-from internlm_trainer.checkpoint.format import step_name
+from internlm_trainer.checkpoint.format import parse_step, step_name
 from internlm_trainer.checkpoint.load import stored_steps
 from internlm_trainer.config import EvaluationSpec, is_due
 from internlm_trainer.data.tokenizer import load_tokenizer
 from internlm_trainer.errors import EXIT_USER_ERROR, UserError
 from internlm_trainer.evaluation import history
 from internlm_trainer.evaluation.likelihood import Scorer
-from internlm_trainer.evaluation.run import Result, Work, evaluate, prepare
+from internlm_trainer.evaluation.run import Result, Work, evaluate, found_in, prepare
 from internlm_trainer.storage import join
 from internlm_trainer.telemetry.progress import set_up_logging
 from internlm_trainer.weights.load import load_model
@@ -66,7 +66,8 @@ def evaluate_checkpoint(
 
     work: what is read for it, if it is known.  Raises UserError, BadCheckpoint, StorageUnavailable.
     """
-    step = int(url.rstrip("/").rsplit("-", 1)[-1])
+    step = parse_step(url.rstrip("/").rpartition("/")[2])
+    assert step is not None
     work = work or _work(asked)
     weights = open_weights(url, "INTERNLM_CHECKPOINT")
     tokenizer = load_tokenizer(weights.tokenizer or spec.data.tokenizer)
@@ -74,10 +75,9 @@ def evaluate_checkpoint(
     results = []
     for result, _ in evaluate(scorer, tokenizer, work):
         results.append(result)
-        for name, value in result.metrics.items():
-            if not name.endswith("_stderr"):
-                fields = {"step": step, "task": result.task, "metric": name, "value": value}
-                log.info("step %d: %s %s %.4f", step, result.task, name, value, extra={"fields": fields})
+        for name, value in found_in(result.metrics).items():
+            fields = {"step": step, "task": result.task, "metric": name, "value": value}
+            log.info("step %d: %s %s %.4f", step, result.task, name, value, extra={"fields": fields})
     history.add(spec.checkpoint.path, step, results)
     return results
 
@@ -112,8 +112,7 @@ def _end(reason: str, message: str, code: int, results: Sequence[Result] = ()) -
         found = [
             [result.task, name, round(value, 6)]
             for result in results
-            for name, value in result.metrics.items()
-            if not name.endswith("_stderr")
+            for name, value in found_in(result.metrics).items()
         ]
         content = {"reason": reason, "message": message[:MAX_MESSAGE], "results": found}
         Path(path).write_text(json.dumps(content))

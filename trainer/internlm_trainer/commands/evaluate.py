@@ -219,13 +219,14 @@ def _line(task: str, sample: Sample) -> str:
 
 
 def _print(source: str, results: list[Result]) -> None:
+    from internlm_trainer.evaluation.run import found_in
+
     table = Table("task", "questions", "shots", "metric", "value", "± stderr", box=None, header_style="bold")
     for result in results:
         first = [result.task, f"{result.questions:,}", str(result.shots)]
-        for name, value in result.metrics.items():
-            if not name.endswith("_stderr"):
-                error = result.metrics.get(f"{name}_stderr")
-                table.add_row(*first, name, f"{value:.4f}", "" if error is None else f"{error:.4f}")
-                first = ["", "", ""]
+        for name, value in found_in(result.metrics).items():
+            error = result.metrics.get(f"{name}_stderr")
+            table.add_row(*first, name, f"{value:.4f}", "" if error is None else f"{error:.4f}")
+            first = ["", "", ""]
     typer.echo(source)
     show(table)

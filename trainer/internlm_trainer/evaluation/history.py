@@ -7,8 +7,9 @@ from collections.abc import Iterable
 from datetime import UTC, datetime
 from typing import Any
 
+from internlm_trainer.checkpoint.format import time_string
 from internlm_trainer.errors import UserError
-from internlm_trainer.evaluation.run import Result
+from internlm_trainer.evaluation.run import Result, found_in
 from internlm_trainer.storage import join, open_fs, user_errors, write_whole
 
 FILE = "evaluations.jsonl"
@@ -39,7 +40,7 @@ def evaluated_step(entries: Iterable[Entry]) -> int:
 
 def add(url: str, step: int, results: Iterable[Result]) -> None:
     """Note what came of a checkpoint, in place of what an earlier try of it did.  One process at a time does this."""
-    time = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+    time = time_string(datetime.now(UTC))
     new = [{"step": step, "time": time, **result._asdict()} for result in results]
     kept = [entry for entry in read(url) if entry["step"] != step]
     file = join(url, FILE)
@@ -51,7 +52,6 @@ def courses(entries: Iterable[Entry]) -> dict[str, list[tuple[int, float]]]:
     """Each metric's values by step, under `task metric`; standard errors are left out."""
     found: dict[str, list[tuple[int, float]]] = {}
     for entry in sorted(entries, key=lambda entry: entry["step"]):
-        for metric, value in entry["metrics"].items():
-            if not metric.endswith("_stderr"):
-                found.setdefault(f"{entry['task']} {metric}", []).append((entry["step"], value))
+        for metric, value in found_in(entry["metrics"]).items():
+            found.setdefault(f"{entry['task']} {metric}", []).append((entry["step"], value))
     return found

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from itertools import islice
 from typing import Any, NamedTuple
@@ -19,6 +19,7 @@ from internlm_trainer.evaluation.writing import grade, write
 from internlm_trainer.generate import Decoder
 from internlm_trainer.storage import join
 
+_STDERR = "_stderr"
 Bars = Callable[[str, int], AbstractContextManager[Progress]]
 
 
@@ -68,6 +69,11 @@ class Result(NamedTuple):
     questions: int
     metrics: dict[str, float]
     subjects: dict[str, dict[str, float]]
+
+
+def found_in(metrics: Mapping[str, float]) -> dict[str, float]:
+    """The metrics without their standard errors."""
+    return {name: value for name, value in metrics.items() if not name.endswith(_STDERR)}
 
 
 def task_of(name: str) -> Task:
@@ -238,7 +244,7 @@ def summary(task: Task, samples: Sequence[Sample]) -> Result:
     metrics = _means(samples)
     for name in list(metrics):
         spread = sum((sample.scores[name] - metrics[name]) ** 2 for sample in samples)
-        metrics[f"{name}_stderr"] = math.sqrt(spread / max(1, len(samples) - 1) / len(samples))
+        metrics[name + _STDERR] = math.sqrt(spread / max(1, len(samples) - 1) / len(samples))
     return Result(task.name, samples[0].item.shots, len(samples), metrics, subjects)
 
 
