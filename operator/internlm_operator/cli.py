@@ -8,6 +8,7 @@ import json
 import logging
 import ssl
 import sys
+import time
 import urllib.error
 import urllib.request
 from pathlib import Path
@@ -198,22 +199,33 @@ def check(
         str, typer.Argument(help="The job channel, such as https://internlm-operator.NAMESPACE.svc:8443.")
     ],
     ca_file: Annotated[Path, typer.Option(help="PEM of the authority that signed its certificate.")],
+    wait_seconds: Annotated[float, typer.Option(min=0, help="How long to ask again until it does.")] = 30,
 ) -> None:
     """Ask the job channel for an answer as a worker would, but without a token: it must refuse just that."""
     if not url.startswith("https://"):
         sys.exit(f"{url} is no address of a job channel: it begins with https://")
+    end = time.monotonic() + wait_seconds
+    while wrong := _wrong_answer(url, ca_file):
+        if time.monotonic() >= end:
+            sys.exit(wrong)
+        time.sleep(1)
+    print(f"the job channel at {url} answers")
+
+
+def _wrong_answer(url: str, ca_file: Path) -> str:
+    """What is wrong with the channel; empty where nothing is."""
     address = url.rstrip("/") + report_path("none", "none")
     request = urllib.request.Request(address, method="POST", data=b"{}")  # noqa: S310
     try:
         context = ssl.create_default_context(cafile=ca_file)
         urllib.request.urlopen(request, timeout=CHECK_SECONDS, context=context)  # noqa: S310
-        sys.exit(f"{url} lets in who has no token: it is no job channel")
     except urllib.error.HTTPError as error:
-        if error.code != http.HTTPStatus.UNAUTHORIZED:
-            sys.exit(f"{url} answers {error.code}, where a job channel says {http.HTTPStatus.UNAUTHORIZED:d}")
+        if error.code == http.HTTPStatus.UNAUTHORIZED:
+            return ""
+        return f"{url} answers {error.code}, where a job channel says {http.HTTPStatus.UNAUTHORIZED:d}"
     except (OSError, ValueError) as error:
-        sys.exit(f"{url} does not answer: {error}")
-    print(f"the job channel at {url} answers")
+        return f"{url} does not answer: {error}"
+    return f"{url} lets in who has no token: it is no job channel"
 
 
 def _network_rules(text: str) -> dict[str, Any] | None:
