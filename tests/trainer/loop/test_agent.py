@@ -83,7 +83,8 @@ def test_each_fault_of_a_process_has_a_typed_reason_with_evidence_and_all_ranks_
     job = tiny(
         training={"steps": 100000},
         checkpoint={"everySteps": 100000, "async": True},
-        recovery={"hangTimeouts": {"stepSeconds": 5}},
+        # The limit of the set-up holds, too, where the agent sees no step before the fault.
+        recovery={"hangTimeouts": {"stepSeconds": 5, "setupSeconds": 60}},
     )
     path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
     run = job.agent(**channel.environment, PYTHONPATH=path, FAULTS=str(tmp_path))

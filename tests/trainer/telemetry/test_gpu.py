@@ -88,6 +88,5 @@ def test_a_hang_leaves_nccl_s_flight_record(tmp_path: Path) -> None:
         timeout=200,
         env=os.environ | {"TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC": "30"},
     )
-    records = sorted((tmp_path / "records").iterdir())
-    assert "flight-recorder-0" in [record.name for record in records]
-    assert all(record.stat().st_size > 100 for record in records)
+    # Rank 0's, which waited; torchrun ends the other once rank 0 has ended, which may be before it has written all.
+    assert (tmp_path / "records" / "flight-recorder-0").stat().st_size > 100
