@@ -23,6 +23,11 @@ from s3fs import S3FileSystem
 
 from cluster import binaries
 
+if not Path("/dev/nvidiactl").exists():
+    os.environ["TRITON_INTERPRET"] = (
+        "1"  # read when Triton is imported: without a GPU its kernels are run by it
+    )
+
 
 @pytest.fixture
 def disk(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Path]:

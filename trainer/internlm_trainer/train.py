@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F  # noqa: N812
+from numpy.typing import NDArray
 from torch import Tensor
 
 from internlm_trainer import config
@@ -22,7 +22,7 @@ from internlm_trainer.callbacks.profiling import Profiling
 from internlm_trainer.callbacks.progress import Progress
 from internlm_trainer.checkpoint import BadCheckpoint, Checkpoint, CheckpointStore, Piece, Saver, newest_good
 from internlm_trainer.config import TrainSpec
-from internlm_trainer.data.packing import IGNORED, Row
+from internlm_trainer.data.packing import Row
 from internlm_trainer.errors import Diverged, UserError
 from internlm_trainer.inputs import initial_weights, open_inputs, open_store
 from internlm_trainer.kernels import attention
@@ -214,7 +214,7 @@ class Trainer:
             common = torch.stack((total, norm / world.size))
             dist.all_reduce(common)
             self.optimizer.step(lr, self.guard.judge(self.step, *common.unbind()))
-            self.zero.publish()
+            self.zero.publish(rounded=self.optimizer.rounds)
         self.tokens += self.row_tokens * micro_batches
         last = stop or self.step == self.total_steps
         return StepResult(self.step, common[0], norm, lr, last, rows, row_losses)
@@ -248,16 +248,15 @@ class Trainer:
 
     def loss(self, row: Row) -> Tensor:
         """Sum of the losses of a row's tokens, in nats."""
-        device = self.world.device
         lengths = tuple(int(n) for n in row.cu_seqlens[1:] - row.cu_seqlens[:-1])
-        documents = Documents(
-            torch.from_numpy(row.cu_seqlens).to(device, non_blocking=True),
-            torch.from_numpy(row.positions).to(device, non_blocking=True),
-            lengths,
-        )
-        logits = self.model(torch.from_numpy(row.tokens).to(device, non_blocking=True), documents)
-        labels = torch.from_numpy(row.labels).to(device, non_blocking=True)
-        return F.cross_entropy(logits.float(), labels, ignore_index=IGNORED, reduction="sum")
+        there = (self._on_device(one) for one in (row.cu_seqlens, row.positions, row.tokens, row.labels))
+        cu_seqlens, positions, tokens, labels = there
+        return self.model.loss(tokens, Documents(cu_seqlens, positions, lengths), labels)
+
+    def _on_device(self, array: NDArray[Any]) -> Tensor:
+        """From pinned memory to a GPU: from any other, the copy would wait for what the GPU has to do before it."""
+        host, device = torch.from_numpy(array), self.world.device
+        return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host
 
     def saves(self, result: StepResult) -> bool:
         """Whether a checkpoint is due after this step."""

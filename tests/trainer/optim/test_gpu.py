@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Iterator
 
 import pytest
@@ -88,3 +89,14 @@ def test_updates_wait_for_nothing_and_are_those_of_a_cpu(name: str, state_type: 
     assert scale == same_scale == 4.0
     # Moments that differ in fp32's last bit may be rounded to another bf16 number.
     assert (weights - expected).norm() <= (1e-6 if state_type == "fp32" else 1e-4) * expected.norm()
+
+
+@pytest.mark.skipif(importlib.util.find_spec("amp_C") is None, reason="needs apex with its CUDA extensions")
+def test_the_kernels_of_apex_give_what_those_of_pytorch_give() -> None:
+    """Within fp32's rounding: apex is built with --use_fast_math, so its roots and quotients are not exact."""
+    pytorch, apex = (OptimizerSpec.model_validate({"backend": backend}) for backend in ("torch", "apex"))
+    train(torch.device("cuda"), apex, watch=False)
+    weights, counts, scale = train(torch.device("cuda"), apex, watch=True)
+    expected, same_counts, same_scale = train(torch.device("cuda"), pytorch, watch=False)
+    assert (counts, scale) == (same_counts, same_scale)
+    assert (weights - expected).norm() <= 1e-6 * expected.norm()

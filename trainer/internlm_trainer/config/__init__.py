@@ -20,7 +20,7 @@ from internlm_trainer.config.data import (
     step_range,
 )
 from internlm_trainer.config.evaluation import EvaluationSpec, is_due
-from internlm_trainer.config.model import InitSpec, ModelShape, ModelSpec, model_shape
+from internlm_trainer.config.model import LOSS_CHUNK, InitSpec, ModelShape, ModelSpec, model_shape
 from internlm_trainer.config.parallel import ParallelSpec, ZeroSpec
 from internlm_trainer.config.telemetry import METRICS_PORT, TelemetrySpec
 from internlm_trainer.config.training import (
@@ -33,6 +33,7 @@ from internlm_trainer.config.training import (
 )
 
 __all__ = [
+    "LOSS_CHUNK",
     "METRICS_PORT",
     "BatchRampUpSpec",
     "CacheSpec",

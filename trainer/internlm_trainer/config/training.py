@@ -34,7 +34,8 @@ class OptimizerSpec(Spec):
     state_type: Literal["fp32", "bf16"] = "fp32"
     """Type of the moments. bf16 halves their memory."""
     backend: Literal["auto", "torch", "apex"] = "auto"
-    """Kernels of AdamW: PyTorch's fused ones, or apex's where it is installed. auto is PyTorch's."""
+    """Kernels of AdamW. auto: on GPUs our own, which also clips and rounds; else PyTorch's, which torch always means.
+    apex: apex's, where it is installed."""
 
 
 class ScheduleSpec(Spec):

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
-from internlm_trainer.config import ModelShape
+from internlm_trainer.config import LOSS_CHUNK, ModelShape
 from internlm_trainer.kernels.attention import Attention, Documents, sdpa
 
 
@@ -101,6 +101,22 @@ class Block(nn.Module):
         return out
 
 
+class Head(nn.Linear):
+    """Logits of the next tokens, or what they lose: one module, so that its weights are there for either."""
+
+    def forward(self, states: Tensor, labels: Tensor | None = None) -> Tensor:
+        """Logits `[tokens, vocab_size]` of `[tokens, hidden_size]`; with labels, int64 `[tokens]`, the sum of the
+        losses of those that are not -100, in nats, 0-dim fp32."""
+        if labels is None:
+            return super().forward(states)
+        if states.is_cuda and states.dtype != torch.float32:
+            from internlm_trainer.kernels.head_loss import head_loss  # needs Triton
+
+            return head_loss(states, self.weight, labels, LOSS_CHUNK)
+        logits = super().forward(states).float()
+        return F.cross_entropy(logits, labels, reduction="sum")
+
+
 class InternLM(nn.Module):
     """Maps a packed row of tokens to the logits of the next ones."""
 
@@ -110,12 +126,17 @@ class InternLM(nn.Module):
         self.embedding = nn.Embedding(shape.vocab_size, shape.hidden_size)
         self.blocks = nn.ModuleList(Block(shape, attention) for _ in range(shape.layers))
         self.norm = RMSNorm(shape.hidden_size, shape.norm_eps)
-        self.head = nn.Linear(shape.hidden_size, shape.vocab_size, bias=False)
+        self.head = Head(shape.hidden_size, shape.vocab_size, bias=False)
 
     def forward(self, tokens: Tensor, documents: Documents) -> Tensor:
         """Logits `[tokens, vocab_size]` of an int64 row `[tokens]`."""
         logits: Tensor = self.head(self.hidden(tokens, documents))
         return logits
+
+    def loss(self, tokens: Tensor, documents: Documents, labels: Tensor) -> Tensor:
+        """Sum of the losses of a row's tokens, 0-dim fp32; `labels`: the ids that follow, or -100."""
+        loss: Tensor = self.head(self.hidden(tokens, documents), labels)
+        return loss
 
     def hidden(self, tokens: Tensor, documents: Documents) -> Tensor:
         """What the head reads, `[tokens, hidden_size]`."""

@@ -28,7 +28,7 @@ class Rule(NamedTuple):
 
 
 class AdamW:
-    """Updates what decays and what does not, with the arithmetic of PyTorch's fused kernel or of apex's."""
+    """Updates what decays and what does not."""
 
     def __init__(self, decayed: list[Part], other: list[Part], spec: OptimizerSpec) -> None:
         self.groups = [(decayed, spec.weight_decay), (other, 0.0)]
@@ -36,32 +36,45 @@ class AdamW:
         device = self.parts[0].weight.device if self.parts else torch.device("cpu")
         # Updates done: a tensor, since only the device knows whether one was skipped.
         self.updates = torch.zeros((), device=device)
-        self.update = _apex_update if choose_backend(spec.backend, device) == "apex" else _torch_update
+        self.backend = choose_backend(spec.backend, device)
 
-    def step(self, lr: float, beta2: float, skip: Tensor) -> None:
-        """One update, unless `skip` (0-dim bool)."""
+    @property
+    def fused(self) -> bool:
+        """Whether an update scales the gradients and rounds the weights itself."""
+        return self.backend == "fused"
+
+    def step(self, lr: float, beta2: float, skip: Tensor, factor: Tensor | None = None) -> None:
+        """One update, unless `skip` (0-dim bool).
+
+        factor: what the gradients are multiplied by, if they are: 0-dim fp32, for a `fused` one only.
+        """
+        assert factor is None or self.fused
         skip = skip.to(self.updates.device)
         self.updates += ~skip
         for parts, weight_decay in self.groups:
             betas = (self.spec.betas[0], beta2)
             rule = Rule(self.updates, skip, lr, betas, self.spec.eps, weight_decay)
+            if self.fused:
+                _fused_update(parts, rule, torch.ones_like(self.updates) if factor is None else factor)
+                continue
+            update = _apex_update if self.backend == "apex" else _torch_update
             if self.spec.state_type == "fp32":
-                self.update(parts, [[part.states[kind] for part in parts] for kind in KINDS], rule)
+                update(parts, [[part.states[kind] for part in parts] for kind in KINDS], rule)
                 continue
             for part in parts:  # one by one, so that their fp32 copies do not all exist at once
                 moments = [part.states[kind].float() for kind in KINDS]
-                self.update([part], [[moment] for moment in moments], rule)
+                update([part], [[moment] for moment in moments], rule)
                 for kind, moment in zip(KINDS, moments, strict=True):
                     part.states[kind].copy_(moment)
 
 
 def choose_backend(asked: str, device: torch.device) -> str:
-    """`torch` or `apex`.  Raises UserError where apex is asked for and cannot be used.
+    """`fused`, which is our own kernel, `torch` or `apex`.
 
-    `auto` is PyTorch's: both kernels are bound by memory alone, and this one is always there.
+    `auto` is our own where the states are on a GPU, else PyTorch's.  Raises UserError where apex cannot be used.
     """
     if asked != "apex":
-        return "torch"
+        return "fused" if asked == "auto" and device.type == "cuda" else "torch"
     missing = next((name for name in ("apex", "amp_C") if importlib.util.find_spec(name) is None), None)
     if missing:
         raise UserError(
@@ -74,6 +87,25 @@ def choose_backend(asked: str, device: torch.device) -> str:
             f"{device.type}; set the backend to auto"
         )
     return "apex"
+
+
+def _fused_update(parts: list[Part], rule: Rule, factor: Tensor) -> None:
+    from internlm_trainer.kernels.adamw import adamw_
+
+    for part in parts:
+        adamw_(
+            part.weight,
+            part.gradient,
+            (part.states["exp_avg"], part.states["exp_avg_sq"]),
+            part.rounded,
+            factor,
+            rule.skip,
+            rule.updates,
+            lr=rule.lr,
+            betas=rule.betas,
+            eps=rule.eps,
+            weight_decay=rule.weight_decay,
+        )
 
 
 def _torch_update(parts: list[Part], moments: list[list[Tensor]], rule: Rule) -> None:

@@ -48,9 +48,21 @@ class MasterOptimizer:
         skip: 0-dim bool on the device; where it is true, nothing changes, whatever the gradients are.
         """
         skip = torch.zeros((), dtype=torch.bool, device=self.zero.device) if skip is None else skip
-        self.adamw.step(lr, beta2(self.spec, self.done), skip)
+        if self.rounds:
+            factor = self.zero.take_factor()
+            for bucket in self.zero.buckets:
+                bucket.published.wait()  # what the update overwrites is still read until then
+        else:
+            self.zero.scale_gradients()
+            factor = None
+        self.adamw.step(lr, beta2(self.spec, self.done), skip, factor)
         self.muon.step(lr, skip)
         self.done += 1
+
+    @property
+    def rounds(self) -> bool:
+        """Whether an update leaves the weights rounded where they are gathered from."""
+        return self.adamw.fused and not self.muon.parts
 
     def set_step(self, done: int, skipped: int) -> None:
         """Steps of the job so far, and how many of them changed nothing."""

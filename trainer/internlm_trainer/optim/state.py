@@ -47,6 +47,11 @@ class Part:
         """fp32 view of the reduced gradient."""
         return self.bucket.master_grad[self._own]
 
+    @property
+    def rounded(self) -> Tensor:
+        """The weights in the model's type, where they are gathered from."""
+        return self.bucket.own[self._own]
+
     def pieces(self) -> Iterator[StatePiece]:
         for entry, met in self.bucket.layout.pieces(self.span):
             inside = Span(met.start - entry.span.start, met.stop - entry.span.start)

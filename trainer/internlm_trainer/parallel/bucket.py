@@ -121,11 +121,7 @@ class Bucket:
         """Take one parameter's gradient; true when it was the backward's last of this bucket."""
         assert self.incoming is not None
         span = self.layout.entries[index].span
-        target = self.incoming[span.start : span.stop]
-        if self._adds_up():
-            target.add_(gradient.flatten())
-        else:
-            target.copy_(gradient.flatten())
+        _put(self.incoming[span.start : span.stop], gradient.flatten(), add=self._adds_up())
         self.missing -= 1
         return self.missing == 0
 
@@ -175,13 +171,19 @@ class Bucket:
         done.wait()
         self.held = (Done(), [])
 
-    def publish(self) -> None:
-        """Round the master weights to the model's type and start to gather them into `shard`."""
+    @property
+    def own(self) -> Tensor:
+        """The part of `shard` that this rank updates."""
         start = self.optimizer_span.start - self.parameter_span.start
-        own = self.shard[start : start + self.optimizer_span.size]
-        rounded = self.rounded
+        return self.shard[start : start + self.optimizer_span.size]
+
+    def publish(self, rounded_already: bool = False) -> None:
+        """Round the master weights to the model's type, unless `own` has them, and start to gather `shard`."""
+        own, rounded = self.own, self.rounded
         self.published.wait()
-        if rounded is None:
+        if rounded_already:
+            pass
+        elif rounded is None:
             own.copy_(self.master)
         else:
             self.published.synchronize()  # the weights before are still read until then
@@ -193,3 +195,15 @@ class Bucket:
             self.mesh.all_gather(self.shard, own, (GRADIENTS, OPTIMIZER))
 
         self.published = self.streams.publish.launch(work)
+
+
+def _put(target: Tensor, gradient: Tensor, *, add: bool) -> None:
+    """Add a gradient to its place, or put it there."""
+    if target.is_cuda and target.dtype != gradient.dtype:
+        from internlm_trainer.kernels.widen import widen
+
+        widen(target, gradient, add=add)
+    elif add:
+        target.add_(gradient)
+    else:
+        target.copy_(gradient)

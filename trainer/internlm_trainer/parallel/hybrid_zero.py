@@ -6,6 +6,7 @@ parameters.  `layout.ZeroLayout` says which rank holds which elements.  One trai
     for each micro-batch: zero.micro_batch(last=...); loss.backward()
     norm = zero.clip(max_norm); optimizer.step(); zero.publish()
 
+`clip` only says what the gradients are to be multiplied by: the update does it, in one pass where it can.
 and communication runs beside computation on streams of its own: a unit's gradients are reduced as soon as its
 backward is done, its parameters are gathered one unit ahead, and after the update each unit of the next forward
 waits only for its own bucket.  The host waits for nothing, but with offload for the gradients.  On gloo the same
@@ -54,6 +55,7 @@ class HybridZero:
         decays: Callable[[str], bool],
     ) -> None:
         self.layout, self.device = layout, device
+        self.factor: Tensor | None = None
         self.mesh, streams = Mesh(layout, device), Streams(device)
         self.last_micro_batch = True
         self.reducing: deque[Bucket] = deque()
@@ -151,7 +153,7 @@ class HybridZero:
         self.reducing.clear()
 
     def clip(self, max_norm: float, loss_scale: Tensor | None = None) -> Tensor:
-        """Wait for the gradients and scale them down to a global norm of `max_norm` (0: leave them).
+        """Wait for the gradients, and have the update scale them down to a global norm of `max_norm` (0: leave them).
 
         loss_scale: what the losses were multiplied by, 0-dim on the device; the gradients are divided by it.
         Returns the norm before clipping, a 0-dim fp32 tensor on the device; nothing waits for its value, but with
@@ -169,14 +171,24 @@ class HybridZero:
         factor = (max_norm / (norm + 1e-6)).clamp(max=1.0) if max_norm else None
         if loss_scale is not None:
             factor = 1 / loss_scale if factor is None else factor / loss_scale
-        if factor is not None:
-            torch._foreach_mul_(gradients, factor.to(gradients[0].device))
+        self.factor = factor
         return norm
 
-    def publish(self) -> None:
-        """After an update of the master weights: round them and gather them where they are used."""
+    def take_factor(self) -> Tensor | None:
+        """What the gradients are still to be multiplied by, a 0-dim fp32 tensor on the device; whoever asks does it."""
+        factor, self.factor = self.factor, None
+        return factor
+
+    def scale_gradients(self) -> None:
+        """Multiply them by what `clip` found."""
+        if (factor := self.take_factor()) is not None:
+            gradients = [bucket.master_grad for bucket in self.buckets]
+            torch._foreach_mul_(gradients, factor.to(gradients[0].device))
+
+    def publish(self, *, rounded: bool = False) -> None:
+        """After an update of the master weights: round them, unless it did, and gather them where they are used."""
         for bucket in self.buckets:
-            bucket.publish()
+            bucket.publish(rounded)
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Every parameter's shape."""

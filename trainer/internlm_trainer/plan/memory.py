@@ -11,7 +11,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from internlm_trainer import config
-from internlm_trainer.config import ModelShape, OptimizerSpec, TrainSpec, ZeroSpec
+from internlm_trainer.config import LOSS_CHUNK, ModelShape, OptimizerSpec, TrainSpec, ZeroSpec
 from internlm_trainer.config.parallel import recomputed_blocks
 from internlm_trainer.parallel.layout import GradientBuffers, ZeroLayout, gradient_buffers
 from internlm_trainer.plan.units import Unit, Units, model_units, qkv_width
@@ -117,7 +117,7 @@ def memory(work: Work, layout: ZeroLayout, recompute: str) -> Memory:
     """The memory of one rank under a layout and a `parallel.recompute`."""
     shape, units, kept, tokens, width = work.shape, work.units, work.kept, work.tokens, work.width
     held = states(work, layout)
-    logits = tokens * shape.vocab_size
+    at_loss, at_head = _loss(work)
 
     def gathered(*some: Unit) -> int:
         return sum(unit.padded(layout.optimizer) * width for unit in some) if layout.parameters > 1 else 0
@@ -133,14 +133,11 @@ def memory(work: Work, layout: ZeroLayout, recompute: str) -> Memory:
     previous = [units.block] if work.gpu else []
     earlier = [units.block, units.embedding] if work.gpu and work.micro_batches > 1 else []
     moments = {
-        # In the backward of log-softmax: its output, the gradient of that, and that of the logits, in fp32.
-        "loss": (everything, 3 * FP32 * logits, gathered(units.head) + arriving(*earlier)),
+        "loss": (everything, at_loss.logits, at_loss.others + gathered(units.head) + arriving(*earlier)),
         "head": (
             everything,
-            width * logits,
-            gathered(units.head, units.norm)
-            + arriving(units.head)
-            + width * (units.head.parameters + tokens * shape.hidden_size),
+            at_head.logits,
+            at_head.others + gathered(units.head, units.norm) + arriving(units.head),
         ),
         "block": (
             of_blocks + again + tokens * kept.gradients,
@@ -179,6 +176,28 @@ def states(work: Work, layout: ZeroLayout) -> States:
     return States(parameters, accumulated, 0, optimizer + reduced + rounded)
 
 
+class _AtHead(NamedTuple):
+    """Bytes of logits or their gradients, and of the gradients of what the head reads and of its weights."""
+
+    logits: int
+    others: int
+
+
+def _loss(work: Work) -> tuple[_AtHead, _AtHead]:
+    """When the loss is computed, and in the head's backward."""
+    tokens, width, head = work.tokens, work.width, work.units.head.parameters
+    of_hidden = tokens * work.shape.hidden_size * width
+    if (
+        work.gpu and width < FP32
+    ):  # kernels.head_loss: some tokens' logits at a time, and all gradients at once
+        logits = min(tokens, LOSS_CHUNK) * work.shape.vocab_size
+        gradients = of_hidden + head * (FP32 if tokens > LOSS_CHUNK else width)
+        return _AtHead(width * logits, gradients), _AtHead(0, gradients + width * head)
+    # In the backward of log-softmax: its output, the gradient of that, and that of the logits, in fp32.
+    logits = tokens * work.shape.vocab_size
+    return _AtHead(3 * FP32 * logits, 0), _AtHead(width * logits, of_hidden + width * head)
+
+
 def _moments(work: Work, layout: ZeroLayout, unit: Unit) -> int:
     """Numbers that the optimizer keeps of a unit beside its weights, on the rank that has the most.
 
@@ -200,7 +219,8 @@ def _update(work: Work, layout: ZeroLayout) -> int:
     if work.zero.offload != "none":
         return 0
     shard = max(unit.padded(layout.optimizer) for unit in work.units) // layout.optimizer
-    fp32 = 2 * shard * FP32 if work.optimizer.state_type == "bf16" else 0
+    fused = work.gpu and work.optimizer.backend == "auto"
+    fp32 = 2 * shard * FP32 if work.optimizer.state_type == "bf16" and not fused else 0
     if work.optimizer.name != "muon":
         return fp32
     block = work.units.block.padded(layout.optimizer)
