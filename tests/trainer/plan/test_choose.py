@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from math import prod
 from pathlib import Path
 
@@ -135,6 +136,16 @@ def test_advice_after_out_of_memory_says_what_to_change(
     advice = out_of_memory_advice(seven_b(micro_batch_size, **zero), 8, 8, 80 * GIB)
     assert advice.startswith("the planner counts ")
     assert change in advice
+
+
+def test_who_has_few_gpus_is_told_of_offload() -> None:
+    """7.3 billion parameters on one GPU: 18 bytes each do not fit, 2 and what a step needs do."""
+    advice = out_of_memory_advice(seven_b(), 1, 1, 80 * GIB)
+    found = re.search(r"set parallel.zero.offload to optimizer, with which .* needs ([\d.]+) GiB and", advice)
+    assert found
+    assert float(found[1]) < 72
+    assert "set parallel.zero.offload to optimizer" in make_plan(seven_b(), 1, 1, 80 * GIB).reason
+    assert "offload" not in make_plan(seven_b(), 1, 1, 16 * GIB).reason  # it would not do
 
 
 @pytest.fixture

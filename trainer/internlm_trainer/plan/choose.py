@@ -101,7 +101,10 @@ def make_plan(
                 enough = enough or need.fits(device_memory)
     fitting = [option for option in options if option.memory.fits(device_memory)]
     best = min(fitting, key=Option.cost) if fitting else None
-    return Plan(tuple(options), device_memory, best, _reason(best, options, device_memory))
+    if best is None:
+        less = _with_offload(spec, world_size, ranks_per_node, device_memory)
+        return Plan(tuple(options), device_memory, None, _nothing_fits(options, device_memory, less))
+    return Plan(tuple(options), device_memory, best, _reason(best, device_memory))
 
 
 def legal_degrees(world_size: int) -> Iterable[tuple[int, int, int]]:
@@ -141,8 +144,26 @@ def out_of_memory_advice(spec: TrainSpec, world_size: int, ranks_per_node: int, 
     least = min(found.options, key=lambda option: option.memory.total)
     return (
         f"{needs}, and no layout leaves {MARGIN:.0%} free: the least is {_gib(least.memory.total)} for {least}, of it "
-        f"{_gib(least.memory.activations + least.memory.logits)} activations and logits; make "
-        "training.microBatchSize (or microBatchTokens) or model.seqLen smaller, or use more GPUs"
+        f"{_gib(least.memory.activations + least.memory.logits)} activations and logits; "
+        f"{_with_offload(spec, world_size, ranks_per_node, memory_bytes)}make training.microBatchSize (or "
+        "microBatchTokens) or model.seqLen smaller, or use more GPUs"
+    )
+
+
+def _with_offload(spec: TrainSpec, world_size: int, ranks_per_node: int, device_memory: int) -> str:
+    """What fits once the optimizer is in the host's memory, as the beginning of an advice; empty where nothing does."""
+    zero = spec.parallel.zero
+    if zero.offload != "none":
+        return ""
+    parallel = spec.parallel.model_copy(update={"zero": zero.model_copy(update={"offload": "optimizer"})})
+    best = make_plan(
+        spec.model_copy(update={"parallel": parallel}), world_size, ranks_per_node, device_memory
+    ).best
+    if best is None:
+        return ""
+    return (
+        f"set parallel.zero.offload to optimizer, with which {best} needs {_gib(best.memory.total)} and "
+        f"{_gib(best.memory.host)} of the host's memory a GPU; or "
     )
 
 
@@ -151,14 +172,16 @@ def _computed_again(recompute: str) -> float:
     return 0.05 if recompute == "selective" else sum(recomputed_blocks(recompute, 100)) / 100
 
 
-def _reason(best: Option | None, options: list[Option], device_memory: int) -> str:
-    if best is None:
-        least = min(options, key=lambda option: option.memory.total)
-        return (
-            f"nothing fits into {_gib(device_memory)} with {MARGIN:.0%} to spare: the least is {least} with "
-            f"{_gib(least.memory.total)}, {_gib(least.memory.activations + least.memory.logits)} of it activations and "
-            "logits; make training.microBatchSize smaller, or use more GPUs"
-        )
+def _nothing_fits(options: list[Option], device_memory: int, less: str) -> str:
+    least = min(options, key=lambda option: option.memory.total)
+    return (
+        f"nothing fits into {_gib(device_memory)} with {MARGIN:.0%} to spare: the least is {least} with "
+        f"{_gib(least.memory.total)}, {_gib(least.memory.activations + least.memory.logits)} of it activations and "
+        f"logits; {less}make training.microBatchSize smaller, or use more GPUs"
+    )
+
+
+def _reason(best: Option, device_memory: int) -> str:
     sent = best.traffic.total
     return (
         f"{best}: {RULE}. It needs {_gib(best.memory.total)} of {_gib(device_memory)}, and a rank sends "
