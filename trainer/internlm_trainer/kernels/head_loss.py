@@ -18,7 +18,8 @@ from torch import Tensor
 def head_loss(hidden: Tensor, weight: Tensor, labels: Tensor, chunk: int) -> Tensor:
     """Sum of the cross-entropies of `hidden @ weight.T`, 0-dim fp32, in nats.
 
-    hidden: `[tokens, hidden_size]`, weight: `[words, hidden_size]`, both in bf16 or fp16.
+    hidden: `[tokens, hidden_size]`, weight: `[words, hidden_size]`, both in bf16 or fp16.  The gradients of fp16 are
+    rounded before a loss scale can save the small ones.
     labels: int64 `[tokens]`; those that are -100 have no loss.  chunk: tokens whose logits exist at a time.
     """
     learns = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)

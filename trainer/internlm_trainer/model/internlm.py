@@ -109,7 +109,8 @@ class Head(nn.Linear):
         losses of those that are not -100, in nats, 0-dim fp32."""
         if labels is None:
             return super().forward(states)
-        if states.is_cuda and states.dtype != torch.float32:
+        # Not in fp16, whose gradients must be scaled before they are rounded.
+        if states.is_cuda and states.dtype == torch.bfloat16:
             from internlm_trainer.kernels.head_loss import head_loss  # needs Triton
 
             return head_loss(states, self.weight, labels, LOSS_CHUNK)

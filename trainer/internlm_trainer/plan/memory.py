@@ -73,6 +73,8 @@ class Work(NamedTuple):
     sent: int
     """Bytes of a gradient's number on its way into the reduction."""
     gpu: bool
+    chunked: bool
+    """Some tokens' logits at a time are made, and their gradients with them (kernels.head_loss)."""
 
     @classmethod
     def of(cls, spec: TrainSpec, world_size: int, *, gpu: bool = True) -> Work:
@@ -91,6 +93,7 @@ class Work(NamedTuple):
             state_width=TYPE_BYTES[spec.training.optimizer.state_type],
             sent=2 if zero.reduce_precision == "bf16" and world_size > 1 else FP32,
             gpu=gpu,
+            chunked=gpu and spec.training.precision == "bf16",
         )
 
     def gradient_buffers(self, layout: ZeroLayout, unit: Unit) -> GradientBuffers:
