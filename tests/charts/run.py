@@ -23,6 +23,7 @@ from cluster.cluster import Cluster
 from cluster.controlplane import AUDITED_NAMESPACES, wait_until
 from internlm_operator import api, crd, tls
 from internlm_operator.objects import ATTEMPT_LABEL, JOB_LABEL, audience, report_path
+from ports import free_port
 
 [NAMESPACE] = AUDITED_NAMESPACES
 JOB = "run"
@@ -46,7 +47,7 @@ class Run:
         self, cluster: Cluster, roles: list[dict[str, Any]], arguments: list[str], folder: Path
     ) -> None:
         self.cluster, self.roles = cluster, roles
-        self.port, self.health = _free_port(), _free_port()
+        self.port, self.health = free_port(), free_port()
         # This machine's ports in the place of the container's, and less patience than in production.
         self.arguments = [*arguments, f"--channel-port={self.port}", f"--liveness={self.health}"]
         self.arguments += ["--lease-seconds=3", "--certificate-check-seconds=1"]
@@ -204,9 +205,3 @@ class Run:
             return connection.getresponse().status
         finally:
             connection.close()
-
-
-def _free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])

@@ -22,15 +22,10 @@ from operator_world import SPEC, make_report
 
 from cluster.controlplane import wait_until
 from internlm_operator import api, objects
+from ports import free_port
 
 NAMESPACE = "operator-test"
 TIMEOUT = 60
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
 
 
 class Process:

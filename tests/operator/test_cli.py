@@ -7,9 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from operator_process import free_port
-
 from internlm_operator import __version__
+from ports import free_port
 
 COMMAND = [sys.executable, "-c", "from internlm_operator.cli import main; main()"]
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import http.client
 import os
 import secrets
-import socket
 import subprocess
 import time
 import urllib.request
@@ -22,6 +21,7 @@ import pytest
 from s3fs import S3FileSystem
 
 from cluster import binaries
+from ports import free_port
 
 if not Path("/dev/nvidiactl").exists():
     os.environ["TRITON_INTERPRET"] = (
@@ -91,7 +91,7 @@ def minio_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Minio]:
     folder = tmp_path_factory.mktemp("minio")
     key, secret = secrets.token_hex(8), secrets.token_hex(16)
     for _ in range(5):  # another process may take the port between its choice and its use
-        port = _free_port()
+        port = free_port()
         with (folder / "log").open("wb") as log:
             process = subprocess.Popen(
                 [program, "server", folder / "data", "--address", f"127.0.0.1:{port}", "--quiet"],
@@ -127,13 +127,6 @@ def _is_ready(process: subprocess.Popen[bytes], endpoint: str) -> bool:
         except OSError:
             time.sleep(0.1)
     return False
-
-
-def _free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port: int = listener.getsockname()[1]
-        return port
 
 
 @pytest.fixture

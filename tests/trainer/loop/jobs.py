@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -15,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+
+from ports import free_port
 
 STEPS, EVERY = 120, 20
 WORKER = "internlm_trainer.worker"
@@ -231,10 +232,3 @@ def losses(log: str) -> dict[int, float]:
             words = line.split()
             found[int(words[words.index("step") + 1].split("/")[0])] = float(words[words.index("loss") + 1])
     return found
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port: int = listener.getsockname()[1]
-        return port

@@ -14,7 +14,8 @@ from typing import Any
 
 import pytest
 
-from trainer.loop.jobs import Corpus, Running, TinyJob, free_port, weights
+from ports import free_port
+from trainer.loop.jobs import Corpus, Running, TinyJob, weights
 
 STEPS = 24
 
