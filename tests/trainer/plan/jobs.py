@@ -8,7 +8,7 @@ import torch
 
 from internlm_trainer.config import TrainSpec
 
-TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def job(model: dict[str, Any], **parts: dict[str, Any]) -> TrainSpec:

@@ -154,10 +154,17 @@ def test_the_worst_moment_of_a_step_is_within_5_percent(
 @pytest.mark.parametrize("compile_", ["none", "blocks"])
 @pytest.mark.parametrize("recompute", ["none", "selective", "50%", "full"])
 @pytest.mark.parametrize(
-    ("vocabulary", "tokens"), [(1024, 4096), (32000, 4096), (32000, LOSS_CHUNK), (32000, 2 * LOSS_CHUNK)]
+    ("vocabulary", "tokens", "precision"),
+    [
+        (1024, 4096, "bf16"),
+        (32000, 4096, "bf16"),
+        (32000, LOSS_CHUNK, "bf16"),
+        (32000, 2 * LOSS_CHUNK, "bf16"),
+        (32000, 4096, "fp16"),
+    ],
 )
 def test_the_worst_moment_on_a_gpu_is_within_5_percent(
-    vocabulary: int, tokens: int, recompute: str, compile_: str
+    vocabulary: int, tokens: int, precision: str, recompute: str, compile_: str
 ) -> None:
     device = torch.device("cuda", torch.cuda.current_device())
     spec = job(
@@ -169,7 +176,7 @@ def test_the_worst_moment_on_a_gpu_is_within_5_percent(
             "vocabSize": vocabulary,
             "seqLen": tokens,
         },
-        training={"globalBatchTokens": 2 * tokens},
+        training={"precision": precision, "globalBatchTokens": 2 * tokens},
         parallel={"zero": {"optimizer": 1}, "recompute": recompute, "compile": compile_},
     )
     step = train_step(spec, (tokens // 2, tokens // 2 - 6, 6), device)
@@ -196,4 +203,13 @@ def test_internlm_7b_on_eight_gpus_by_hand() -> None:
     need = memory(work, ZeroLayout(8, 8, 8, 8, 8), "none")
     # 2048 tokens of 103168 logits in bf16 at the loss
     assert need.logits == 2 * 2048 * 103168
+    # All, in fp32, where they are not made by chunks: as they are, normalised, and their gradients.
+    whole = work._replace(chunked=False)
+    assert memory(whole, ZeroLayout(8, 8, 8, 8, 8), "none").logits == 3 * 4 * 2048 * 103168
     assert 25 * GIB < need.total < 35 * GIB
+
+
+@pytest.mark.parametrize(("precision", "chunked"), [("fp32", False), ("fp16", False), ("bf16", True)])
+def test_only_bf16_has_its_logits_in_chunks(precision: str, chunked: bool) -> None:
+    """The gradients of fp16 must be scaled before they are rounded."""
+    assert Work.of(small(1, (1, 1, 1), precision=precision), 1).chunked is chunked

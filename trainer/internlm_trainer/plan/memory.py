@@ -190,9 +190,7 @@ def _loss(work: Work) -> tuple[_AtHead, _AtHead]:
     """When the loss is computed, and in the head's backward."""
     tokens, width, head = work.tokens, work.width, work.units.head.parameters
     of_hidden = tokens * work.shape.hidden_size * width
-    if (
-        work.gpu and width < FP32
-    ):  # kernels.head_loss: some tokens' logits at a time, and all gradients at once
+    if work.chunked:  # all gradients at once
         logits = min(tokens, LOSS_CHUNK) * work.shape.vocab_size
         gradients = of_hidden + head * (FP32 if tokens > LOSS_CHUNK else width)
         return _AtHead(width * logits, gradients), _AtHead(0, gradients + width * head)
