@@ -19,6 +19,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from internlm_trainer.config import ModelSpec, model_shape
 from internlm_trainer.generate import Decoder, Request, Sampling
 from internlm_trainer.model.internlm import InternLM
+from internlm_trainer.weights.llama_config import config_of
 
 Generate = Callable[[list[list[int]], int], list[list[int]]]
 
@@ -40,18 +41,7 @@ def ours(spec: ModelSpec, context: int, rows: int, compiled: bool, device: torch
 
 def transformers(spec: ModelSpec, device: torch.device) -> Generate:
     """Hugging Face's Llama of the same shape; on GPUs its generate compiles itself where the cache is static."""
-    shape = model_shape(spec)
-    settings = LlamaConfig(
-        vocab_size=shape.vocab_size,
-        hidden_size=shape.hidden_size,
-        intermediate_size=shape.ffn_size,
-        num_hidden_layers=shape.layers,
-        num_attention_heads=shape.heads,
-        num_key_value_heads=shape.kv_heads,
-        attention_bias=shape.attention_bias,
-        max_position_embeddings=spec.seq_len,
-        tie_word_embeddings=False,
-    )
+    settings = LlamaConfig.from_dict(config_of(model_shape(spec), "bfloat16", spec.seq_len, {}))
     with torch.device("meta"):
         model = LlamaForCausalLM(settings).bfloat16()
     model.to_empty(device=device)

@@ -28,23 +28,12 @@ from internlm_trainer.data.loader import RowLoader, validation_rows
 from internlm_trainer.data.packing import Row
 from internlm_trainer.model.internlm import InternLM, initialise, parameter_generator
 from internlm_trainer.weights import layout
+from internlm_trainer.weights.llama_config import config_of
 
 
 def llama(shape: config.ModelShape, weights: dict[str, Tensor]) -> LlamaForCausalLM:
     """Hugging Face's model of this shape, with the weights of our model's `state_dict`, and where these are."""
-    settings = LlamaConfig(
-        vocab_size=shape.vocab_size,
-        hidden_size=shape.hidden_size,
-        intermediate_size=shape.ffn_size,
-        num_hidden_layers=shape.layers,
-        num_attention_heads=shape.heads,
-        num_key_value_heads=shape.kv_heads,
-        attention_bias=shape.attention_bias,
-        rms_norm_eps=shape.norm_eps,
-        rope_parameters={"rope_type": "default", "rope_theta": float(shape.rope_base)},
-        tie_word_embeddings=False,
-        use_cache=False,
-    )
+    settings = LlamaConfig.from_dict(config_of(shape, "float32", 2048, {}) | {"use_cache": False})
     settings._attn_implementation = "sdpa"
     model = LlamaForCausalLM(settings).to(weights["norm.weight"].device)
     model.load_state_dict(

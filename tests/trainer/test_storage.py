@@ -6,7 +6,6 @@ import errno
 import os
 import secrets
 import signal
-import socket
 import subprocess
 import sys
 from contextlib import suppress
@@ -24,6 +23,7 @@ from internlm_trainer.storage import (
     user_errors,
     write_whole,
 )
+from ports import free_port
 
 
 def read(url: str) -> bytes:
@@ -161,12 +161,6 @@ def test_a_listing_shows_what_another_process_wrote(s3: str) -> None:
     script = "import sys, internlm_trainer.storage as s\nwith s.write_whole(sys.argv[1]) as f: f.write(b'x')"
     subprocess.run([sys.executable, "-c", script, join(s3, "new")], check=True)
     assert [Path(name).name for name in fs.ls(path, detail=False)] == ["new"]
-
-
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return int(free.getsockname()[1])
 
 
 S3_MISTAKES = {

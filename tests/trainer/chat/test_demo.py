@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import re
 import shutil
-import socket
 from collections.abc import Iterator
 
 import pytest
 from playwright.sync_api import Browser, Error, Page, expect, sync_playwright
 
+from ports import free_port
 from trainer.chat.conftest import command
 from trainer.chat.trained import COUNT, I_AM, NUMBERS, RESULT, SUM, WHO
 
@@ -47,12 +47,6 @@ def address(browser: Browser, trained: str) -> Iterator[str]:  # noqa: ARG001 - 
         r"URL: (http://\S+)", "demo", trained, "--tools", "calculator", "--port", str(free_port())
     ) as (_, url):
         yield url
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        port: int = listener.getsockname()[1]
-        return port
 
 
 @pytest.fixture

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch.optim.adamw import adamw
@@ -10,6 +12,7 @@ from trainer.kernels.devices import DEVICES
 
 adamw_ = pytest.importorskip("internlm_trainer.kernels.adamw", reason="Triton is not installed").adamw_
 SIZE = 5000  # no multiple of a program's elements
+RULE: dict[str, Any] = {"lr": 1e-2, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -35,10 +38,7 @@ def test_updates_are_those_of_pytorch(device: torch.device) -> None:
             factor,
             torch.tensor(False, device=device),
             torch.tensor(float(step), device=device),
-            lr=1e-2,
-            betas=(0.9, 0.95),
-            eps=1e-8,
-            weight_decay=0.1,
+            **RULE,
         )
         adamw(
             [right],
@@ -74,10 +74,7 @@ def test_a_skipped_update_changes_nothing(device: torch.device) -> None:
         torch.tensor(1.0, device=device),
         torch.tensor(True, device=device),
         torch.tensor(1.0, device=device),
-        lr=1e-2,
-        betas=(0.9, 0.95),
-        eps=1e-8,
-        weight_decay=0.1,
+        **RULE,
     )
     assert [float(one.unique()) for one in (weight, first, second, rounded)] == [1, 3, 4, 5]
 
@@ -101,10 +98,7 @@ def test_narrow_types_are_rounded_to_the_nearest() -> None:
             torch.tensor(1.0, device=device),
             torch.tensor(False, device=device),
             torch.tensor(1.0, device=device),
-            lr=1e-2,
-            betas=(0.9, 0.95),
-            eps=1e-8,
-            weight_decay=0.1,
+            **RULE,
         )
     assert torch.equal(weight, others)
     for found, exact in zip(narrow, wide, strict=True):

@@ -17,7 +17,6 @@ import os
 import re
 import shutil
 import signal
-import socket
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -34,6 +33,7 @@ from internlm_trainer import train
 from internlm_trainer.callbacks.base import Callback, StepResult
 from internlm_trainer.data.prepare import prepare
 from internlm_trainer.processes import Processes
+from ports import free_port
 from trainer.loop.jobs import Corpus, TinyJob
 
 PAGE = Path(__file__).parents[3] / "docs" / "numerics.md"
@@ -218,9 +218,7 @@ class Run(NamedTuple):
 
 def run(one: Run, corpus: Corpus) -> None:
     """Train in processes of their own; leaves `result.pt` in the folder.  Raises RuntimeError if one fails."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     children = {_fork(rank, port, one, corpus) for rank in range(one.layout.processes)}
     failed = 0
     while children:

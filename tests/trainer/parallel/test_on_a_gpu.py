@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import os
-import socket
 from collections.abc import Iterator
 
 import pytest
@@ -19,6 +18,7 @@ from internlm_trainer.model.internlm import InternLM, decays, initialise, parame
 from internlm_trainer.optim.optimizer import MasterOptimizer
 from internlm_trainer.parallel.hybrid_zero import HybridZero
 from internlm_trainer.parallel.layout import ZeroLayout
+from ports import free_port
 
 pytestmark = [
     pytest.mark.gpu,
@@ -31,9 +31,7 @@ TOKENS = 512
 @pytest.fixture(scope="module")
 def alone() -> Iterator[None]:
     """A process group of one."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1])}
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     os.environ |= place | {"RANK": "0", "WORLD_SIZE": "1"}
     dist.init_process_group("cpu:gloo,cuda:nccl", device_id=torch.device("cuda", 0))
     yield

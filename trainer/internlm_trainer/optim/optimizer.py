@@ -48,14 +48,12 @@ class MasterOptimizer:
         skip: 0-dim bool on the device; where it is true, nothing changes, whatever the gradients are.
         """
         skip = torch.zeros((), dtype=torch.bool, device=self.zero.device) if skip is None else skip
-        if self.rounds:
-            factor = self.zero.take_factor()
+        if self.adamw.fused:
             for bucket in self.zero.buckets:
                 bucket.published.wait()  # what the update overwrites is still read until then
-        else:
+        if not self.rounds:
             self.zero.scale_gradients()
-            factor = None
-        self.adamw.step(lr, beta2(self.spec, self.done), skip, factor)
+        self.adamw.step(lr, beta2(self.spec, self.done), skip, self.zero.take_factor())
         self.muon.step(lr, skip)
         self.done += 1
 

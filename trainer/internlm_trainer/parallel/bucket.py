@@ -58,7 +58,7 @@ class Bucket:
         )
         self.master_grad = torch.zeros_like(self.master, pin_memory=self.pinned)
         # Where the host's weights are rounded before they are sent.
-        self.rounded = torch.empty_like(self.master, dtype=dtype, pin_memory=True) if self.pinned else None
+        self.staging = torch.empty_like(self.master, dtype=dtype, pin_memory=True) if self.pinned else None
 
         # What gradients are reduced in.  Sums across groups are 1/o of the bytes, and so may stay fp32.
         lossy = spec.reduce_precision == "bf16" and mesh.layout.world_size > 1
@@ -177,21 +177,19 @@ class Bucket:
         start = self.optimizer_span.start - self.parameter_span.start
         return self.shard[start : start + self.optimizer_span.size]
 
-    def publish(self, rounded_already: bool = False) -> None:
-        """Round the master weights to the model's type, unless `own` has them, and start to gather `shard`."""
-        own, rounded = self.own, self.rounded
+    def publish(self, *, rounded: bool = False) -> None:
+        """Round the master weights to the model's type, unless `own` has them so, and start to gather `shard`."""
+        own, staging = self.own, self.staging
         self.published.wait()
-        if rounded_already:
-            pass
-        elif rounded is None:
-            own.copy_(self.master)
-        else:
+        if staging is not None:
             self.published.synchronize()  # the weights before are still read until then
-            rounded.copy_(self.master)
+            staging.copy_(self.master)
+        elif not rounded:
+            own.copy_(self.master)
 
         def work() -> None:
-            if rounded is not None:
-                own.copy_(rounded, non_blocking=True)
+            if staging is not None:
+                own.copy_(staging, non_blocking=True)
             self.mesh.all_gather(self.shard, own, (GRADIENTS, OPTIMIZER))
 
         self.published = self.streams.publish.launch(work)

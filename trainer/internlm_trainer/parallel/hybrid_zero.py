@@ -188,7 +188,7 @@ class HybridZero:
     def publish(self, *, rounded: bool = False) -> None:
         """After an update of the master weights: round them, unless it did, and gather them where they are used."""
         for bucket in self.buckets:
-            bucket.publish(rounded)
+            bucket.publish(rounded=rounded)
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Every parameter's shape."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from internlm_trainer.config import TrainSpec
@@ -102,8 +102,9 @@ def make_plan(
     fitting = [option for option in options if option.memory.fits(device_memory)]
     best = min(fitting, key=Option.cost) if fitting else None
     if best is None:
-        less = _with_offload(spec, world_size, ranks_per_node, device_memory)
-        return Plan(tuple(options), device_memory, None, _nothing_fits(options, device_memory, less))
+        offload = _with_offload(spec, world_size, ranks_per_node, device_memory)
+        why = f"nothing fits into {_gib(device_memory)} with {MARGIN:.0%} to spare: {_too_much(options, offload)}"
+        return Plan(tuple(options), device_memory, None, why)
     return Plan(tuple(options), device_memory, best, _reason(best, device_memory))
 
 
@@ -141,13 +142,8 @@ def out_of_memory_advice(spec: TrainSpec, world_size: int, ranks_per_node: int, 
             f"{needs}: set parallel.zero to {{parameters: {p}, gradients: {g}, optimizer: {o}}}{also}, which needs "
             f"{_gib(best.memory.total)}"
         )
-    least = min(found.options, key=lambda option: option.memory.total)
-    return (
-        f"{needs}, and no layout leaves {MARGIN:.0%} free: the least is {_gib(least.memory.total)} for {least}, of it "
-        f"{_gib(least.memory.activations + least.memory.logits)} activations and logits; "
-        f"{_with_offload(spec, world_size, ranks_per_node, memory_bytes)}make training.microBatchSize (or "
-        "microBatchTokens) or model.seqLen smaller, or use more GPUs"
-    )
+    offload = _with_offload(spec, world_size, ranks_per_node, memory_bytes)
+    return f"{needs}, and no layout leaves {MARGIN:.0%} free: {_too_much(found.options, offload)}"
 
 
 def _with_offload(spec: TrainSpec, world_size: int, ranks_per_node: int, device_memory: int) -> str:
@@ -172,12 +168,13 @@ def _computed_again(recompute: str) -> float:
     return 0.05 if recompute == "selective" else sum(recomputed_blocks(recompute, 100)) / 100
 
 
-def _nothing_fits(options: list[Option], device_memory: int, less: str) -> str:
+def _too_much(options: Sequence[Option], offload: str) -> str:
+    """What the least is, and what to do."""
     least = min(options, key=lambda option: option.memory.total)
     return (
-        f"nothing fits into {_gib(device_memory)} with {MARGIN:.0%} to spare: the least is {least} with "
-        f"{_gib(least.memory.total)}, {_gib(least.memory.activations + least.memory.logits)} of it activations and "
-        f"logits; {less}make training.microBatchSize smaller, or use more GPUs"
+        f"the least is {_gib(least.memory.total)} for {least}, of it "
+        f"{_gib(least.memory.activations + least.memory.logits)} activations and logits; {offload}make "
+        "training.microBatchSize (or microBatchTokens) or model.seqLen smaller, or use more GPUs"
     )
 
 
