@@ -115,6 +115,7 @@ async def _serve_jobs(
         )
     finally:
         logger.info("stopping")
+        asyncio.get_running_loop().set_exception_handler(_but_for_generators)
         ready.clear()
         stop.set()
         rotation.cancel()
@@ -124,6 +125,15 @@ async def _serve_jobs(
         for result in results:
             if isinstance(result, Exception):
                 raise result
+
+
+def _but_for_generators(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+    """Tell of what nobody awaits, but for the ends of generators.
+
+    kopf leaves its watches to the loop, which closes each and what it is in at once: one may find the other closed.
+    """
+    if "asyncgen" not in context:
+        loop.default_exception_handler(context)
 
 
 def _authority(host: str, port: int) -> str:
