@@ -44,6 +44,8 @@ Key = tuple[str, str]
 """(namespace, name) of a job."""
 
 WORKERS = 8
+# What the workers of a running job share is applied again this often, with one of its readings.
+APPLY_AGAIN_SECONDS = 900.0
 # A watch that was cut off may have lost events; every job that is not finished is read anew this often.
 RESYNC_SECONDS = 300.0
 # But no more of them a second than this.
@@ -73,7 +75,7 @@ class Controller:
         self._excluded: dict[Key, list[ExcludedNode]] = {}
         self._reports: dict[Key, tuple[Report, datetime]] = {}
         self._agents: dict[Key, dict[int, Agent]] = defaultdict(dict)
-        self._applied: dict[Key, str] = {}
+        self._applied: dict[Key, tuple[str, float]] = {}
         self._refused: dict[Key, Refusal] = {}
         self._read_at: dict[Key, float] = {}
         self._meanwhile: dict[Key, dict[str, bool]] = {}
@@ -231,8 +233,10 @@ class Controller:
         if job is None:
             return None
         live = self._is_due_to_be_read(key, job)
-        if live and _status_of(job).get("phase") != "Running":
-            # Somebody may have deleted what the workers wait for.
+        _, applied_at = self._applied.get(key, ("", 0.0))
+        waits = _status_of(job).get("phase") != "Running"
+        if live and (waits or time.monotonic() - applied_at >= APPLY_AGAIN_SECONDS):
+            # Somebody may have deleted or changed what the workers wait for, or will when they start again.
             self._applied.pop(key, None)
         if live:
             job = await self._read(key)
@@ -288,7 +292,7 @@ class Controller:
             pods=list(self._pods.get(key, ())),
             report=report,
             report_time=report_time,
-            applied=self._applied.get(key, ""),
+            applied=self._applied.get(key, ("", 0.0))[0],
             refused=self._refused.get(key),
             agents=dict(self._agents.get(key, {})),
             nodes=self._nodes,
@@ -309,7 +313,7 @@ class Controller:
                 together = list(actions)
                 await self._executor.carry_out(job, together, functools.partial(self._keep_pod, key))
                 if any(isinstance(action, Apply) for action in together):
-                    self._applied[key] = shared_digest(job, self._settings)
+                    self._applied[key] = shared_digest(job, self._settings), time.monotonic()
                 if kind is Create:
                     self._refused.pop(key, None)
         except RefusedError as error:

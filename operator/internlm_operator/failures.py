@@ -136,10 +136,10 @@ def termination(pod: Pod) -> Termination | None:
         return None
     if not isinstance(content, dict) or not isinstance(content.get("reason"), str):
         return None
-    message = _shorten(content.get("message"))
+    message = shorten(content.get("message"))
     named = _TRAINERS_RANK.match(message)
     rank = _count(int(named[1])) if named else _count(content.get("rank"))
-    evidence = _shorten(content.get("evidence"))
+    evidence = shorten(content.get("evidence"))
     return Termination(_reason(content["reason"]), message, _count(content.get("step")), rank, evidence)
 
 
@@ -281,7 +281,7 @@ def _failure(
         time = ends - grace if ends else None
     return Failure(
         _reason(reason),
-        _shorten(message),
+        shorten(message),
         metadata["name"],
         index_of(pod),
         (pod.get("spec") or {}).get("nodeName") or "",
@@ -316,6 +316,7 @@ def _reason(text: str) -> str:
     return text if len(text) <= 128 and _REASON.match(text) else "Error"
 
 
-def _shorten(message: object) -> str:
+def shorten(message: object) -> str:
+    """One line of no more than MAX_MESSAGE characters that any JSON can hold."""
     text = " ".join(str(message or "").encode(errors="replace").decode().split())  # JSON may hold half a pair
     return text if len(text) <= MAX_MESSAGE else text[: MAX_MESSAGE - 3] + "..."

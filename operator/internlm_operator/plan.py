@@ -16,6 +16,7 @@ from internlm_operator.report import Report
 from internlm_operator.status import (
     current_attempt,
     dump_status,
+    no_estimate,
     only_progress_changed,
     parse_status,
     progress_write_due,
@@ -223,6 +224,8 @@ class Draft:
     def plan(self, phase: Phase) -> Plan:
         status = self.status
         status.phase = phase
+        if phase != "Running":
+            no_estimate(status)
         status.observed_generation = self.generation
         status.start_time = status.start_time or stamp(self.now)
         status.selector = f"{objects.JOB_LABEL}={self.name}"

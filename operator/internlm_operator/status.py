@@ -14,6 +14,7 @@ from internlm_operator.api import (
     JobStatus,
     Progress,
 )
+from internlm_operator.failures import shorten
 from internlm_operator.report import Report
 from internlm_operator.times import duration, seconds_since, stamp
 
@@ -69,7 +70,7 @@ def set_condition(
         type=type,
         status=word,
         reason=reason,
-        message=message,
+        message=shorten(message),  # others' words may be of any length
         last_transition_time=since,
         observed_generation=generation,
     )
@@ -179,8 +180,14 @@ def take_last_step(status: JobStatus, step: int) -> None:
     progress = status.progress
     if progress is not None and step > progress.step:
         progress.step = min(step, progress.total_steps)
-        progress.eta_seconds, progress.eta = None, ""
+        no_estimate(status)
         status.progress_text = f"{progress.step}/{progress.total_steps}"
+
+
+def no_estimate(status: JobStatus) -> None:
+    """How long the rest will take is not known of workers that do not run."""
+    if status.progress is not None:
+        status.progress.eta_seconds, status.progress.eta = None, ""
 
 
 def only_progress_changed(old: JobStatus, new: JobStatus) -> bool:

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from datetime import UTC, datetime
 from typing import Any
 
+import pytest
 from kubernetes.aio import client
 from operator_world import SETTINGS, make_job, make_report
 
 from internlm_operator.caches import Pods, trim_pod
-from internlm_operator.controller import Controller
+from internlm_operator.controller import APPLY_AGAIN_SECONDS, Controller
 from internlm_operator.kube import Kube
 from internlm_operator.report import AgentReport
+from internlm_operator.workqueue import RetryError
 
 KEY = ("default", "job")
 
@@ -68,3 +71,20 @@ def test_what_comes_late_changes_nothing_and_only_what_matters_is_news() -> None
     assert not pods.drop(pod("a", 9))
     assert pods.find("job-worker-0") == trim_pod(pod("b", 8))
     assert len(pods) == 1
+
+
+@pytest.mark.parametrize(
+    ("phase", "age", "again"),
+    [("Running", 10, False), ("Running", APPLY_AGAIN_SECONDS, True), ("Starting", 10, True)],
+)
+def test_what_workers_share_is_applied_again_sooner_where_they_wait_for_it(
+    phase: str, age: float, again: bool
+) -> None:
+    async def script(controller: Controller) -> None:
+        controller.on_job(None, make_job() | {"status": {"phase": phase}})
+        controller._applied[KEY] = "digest", time.monotonic() - age
+        with pytest.raises(RetryError):  # reading the job, which is due
+            await controller._look(KEY)
+        assert controller.observe(KEY).applied == ("" if again else "digest")
+
+    with_controller(script)

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from datetime import UTC, datetime
+
 from operator_world import World, make_report
 
+from internlm_operator.api import JobStatus
+from internlm_operator.failures import MAX_MESSAGE
+from internlm_operator.status import set_condition
 from internlm_operator.times import stamp
 
 # Progress
@@ -131,3 +136,25 @@ def test_what_is_known_of_the_training_survives_an_operator_without_reports() ->
     world.settle()
     assert world.status["progress"] == before["progress"]
     assert world.status["progressText"] == before["progressText"]
+
+
+def test_no_end_is_foreseen_of_workers_that_do_not_run() -> None:
+    world = World()
+    world.start()
+    world.tell(make_report(step=120, etaSeconds=95, tokensPerSecond=8100.0))
+    world.settle()
+    world.edit(suspend=True)
+    world.settle()
+    assert world.status["phase"] in ("Suspending", "Suspended")
+    assert "etaSeconds" not in world.status["progress"]
+    assert world.status["progress"]["tokensPerSecond"] == 8100.0
+
+
+def test_others_words_are_bounded_in_a_condition() -> None:
+    status = JobStatus()
+    set_condition(
+        status, "Queued", True, "PodsRefused", "a webhook's\n" + "word " * 10_000, 1, datetime.now(UTC)
+    )
+    [found] = status.conditions
+    assert found.message.startswith("a webhook's word word")
+    assert len(found.message) <= MAX_MESSAGE
