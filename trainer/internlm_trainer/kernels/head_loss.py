@@ -52,8 +52,10 @@ class _HeadLoss(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         hidden_gradient, weight_gradient = ctx.saved_tensors
         (factor,) = gradients
-        # In place: nothing else holds them.
-        scaled = weight_gradient.mul_(factor).to(hidden_gradient.dtype)
+        # In place where the type stays, as nothing else holds them; in one pass where it does not.
+        narrow = weight_gradient.dtype == hidden_gradient.dtype
+        scaled = weight_gradient if narrow else torch.empty_like(weight_gradient, dtype=hidden_gradient.dtype)
+        torch.mul(weight_gradient, factor, out=scaled)
         return hidden_gradient.mul_(factor), scaled, None, None, None
 
 
