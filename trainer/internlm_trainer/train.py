@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from numpy.typing import NDArray
 from torch import Tensor
 
 from internlm_trainer import config
@@ -51,6 +50,7 @@ from internlm_trainer.telemetry.report import Reporter
 from internlm_trainer.telemetry.sinks import Sinks, asked_sinks
 from internlm_trainer.telemetry.stopwatch import Stopwatch
 from internlm_trainer.telemetry.stragglers import Slowest, slowest
+from internlm_trainer.transfer import to_device
 from internlm_trainer.weights.source import MASTER, Weights, fill
 
 log = logging.getLogger(__name__)
@@ -213,6 +213,7 @@ class Trainer:
             # Replicas may add up the norm in another order: what is judged is the same everywhere, to the bit.
             common = torch.stack((total, norm / world.size))
             dist.all_reduce(common)
+            self.saver.before_update()
             self.optimizer.step(lr, self.guard.judge(self.step, *common.unbind()))
             self.zero.publish(rounded=self.optimizer.rounds)
         self.tokens += self.row_tokens * micro_batches
@@ -249,14 +250,10 @@ class Trainer:
     def loss(self, row: Row) -> Tensor:
         """Sum of the losses of a row's tokens, in nats."""
         lengths = tuple(int(n) for n in row.cu_seqlens[1:] - row.cu_seqlens[:-1])
-        there = (self._on_device(one) for one in (row.cu_seqlens, row.positions, row.tokens, row.labels))
+        arrays = (row.cu_seqlens, row.positions, row.tokens, row.labels)
+        there = (to_device(torch.from_numpy(array), self.world.device) for array in arrays)
         cu_seqlens, positions, tokens, labels = there
         return self.model.loss(tokens, Documents(cu_seqlens, positions, lengths), labels)
-
-    def _on_device(self, array: NDArray[Any]) -> Tensor:
-        """From pinned memory to a GPU: from any other, the copy would wait for what the GPU has to do before it."""
-        host, device = torch.from_numpy(array), self.world.device
-        return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host
 
     def saves(self, result: StepResult) -> bool:
         """Whether a checkpoint is due after this step."""
@@ -265,6 +262,14 @@ class Trainer:
     def due(self, result: StepResult) -> bool:
         """Whether the step is one to save, even if the save before it is not done yet."""
         return result.last or self.save_asked or result.step % self.spec.checkpoint.every_steps == 0
+
+    def validates(self, result: StepResult) -> bool:
+        """Whether the held-out data is looked at after this step."""
+        every = self.spec.training.validate_every_steps
+        final = result.step == self.total_steps
+        return final or bool(
+            every and result.step % every == 0 and not result.last
+        )  # a stop has only so much time
 
     def pieces(self) -> Iterator[Piece]:
         """What this rank holds of weights and optimizer states, for `Saver`."""

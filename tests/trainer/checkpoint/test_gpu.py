@@ -35,6 +35,34 @@ def test_a_copy_is_page_locked_whole_and_what_is_loaded_gets_back_to_the_gpu(tmp
     snapshot.release()
 
 
+def test_copies_run_beside_training_whose_update_waits_for_them_on_the_gpu():
+    values = {kind: torch.randn(1 << 28, device="cuda").to(dtype) for kind, dtype in DTYPES.items()}
+    expected = {kind: tensor.cpu() for kind, tensor in values.items()}
+    snapshot = Snapshot()
+    snapshot.prepare(pieces(values))
+    factor = torch.randn(8192, 8192, device="cuda")
+    factor @ factor  # loads what it needs
+    torch.cuda.synchronize()
+    began = time.monotonic()
+    snapshot.begin(pieces(values))
+    factor @ factor  # the next step
+    held = snapshot.hold()
+    for tensor in values.values():
+        tensor.zero_()
+    seconds = time.monotonic() - began
+    snapshot.finish()
+    torch.cuda.synchronize()
+    assert held
+    waits_from, waits_to = held
+    assert seconds < waits_from.elapsed_time(waits_to) / 1000  # the host went on while the GPU waited
+    image = torch.frombuffer(bytearray(b"".join(snapshot.chunks())), dtype=torch.uint8)
+    for entry in snapshot.pieces:
+        copied = image[entry.offset : entry.offset + expected[entry.kind].nbytes]
+        assert torch.equal(copied.view(DTYPES[entry.kind]), expected[entry.kind])
+    assert not any(tensor.any() for tensor in values.values())
+    snapshot.release()
+
+
 DTYPES = {"master": torch.float32, "exp_avg": torch.bfloat16}
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
-from threading import Event
+from threading import Event, Thread
 from typing import Any
 
 import pytest
@@ -44,6 +44,7 @@ class Training:
     def train(self, step: int, *, due: bool = False) -> bool:
         """One step; whether a save began with it."""
         self.saver.heard(*self.world.total(*self.saver.report()))
+        self.saver.before_update()
         self.weights.fill_(step)
         if self.saver.wanted(due):
             self.saver.begin(step, self.pieces(), {"step": step}, SHAPES)
@@ -95,6 +96,40 @@ def test_what_is_saved_is_the_state_of_its_step_though_training_goes_on(slow):
     assert isinstance(saved, Saved)
     assert saved.checkpoint == slow.open(10).committed
     assert 0 < saved.stall < saved.seconds
+
+
+def test_an_update_waits_for_the_copies_that_are_still_to_be_made(slow, monkeypatch):
+    copies, finish = Event(), Snapshot.finish
+
+    def finish_later(snapshot: Snapshot) -> None:
+        assert copies.wait(60)
+        finish(snapshot)
+
+    monkeypatch.setattr(Snapshot, "finish", finish_later)
+    slow.go.set()
+    training = Training(slow, Alone())
+    training.train(10, due=True)
+    update = Thread(target=training.train, args=(11,))
+    update.start()
+    update.join(0.3)
+    assert set(training.weights.tolist()) == {10.0}
+    copies.set()
+    update.join()
+    assert set(training.weights.tolist()) == {11.0}
+    training.train_until_idle(11)
+    assert held(slow, 10) == {10.0}
+    [saved] = training.ends
+    assert isinstance(saved, Saved)
+    assert saved.stall > 0.3
+
+
+def test_memory_for_the_copies_is_there_before_the_first_save(slow):
+    training = Training(slow, Alone())
+    training.saver.prepare(training.pieces())
+    slow.go.set()
+    training.train(10, due=True)
+    training.train_until_idle(10)
+    assert held(slow, 10) == {10.0}
 
 
 def test_a_save_that_is_due_too_early_is_taken_as_soon_as_the_one_before_is_done(slow, caplog):

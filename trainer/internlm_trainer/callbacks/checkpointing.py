@@ -24,6 +24,10 @@ class Checkpointing(Callback):
         super().__init__(trainer)
         trainer.saver.tell = self._tell
 
+    def start(self) -> None:
+        if self.trainer.spec.checkpoint.asynchronous:
+            self.trainer.saver.prepare(self.trainer.pieces())
+
     def after_step(self, result: StepResult) -> None:
         trainer, saver = self.trainer, self.trainer.saver
         if result.last:

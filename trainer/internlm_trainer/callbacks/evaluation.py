@@ -22,9 +22,7 @@ class Evaluation(Callback):
     section = "evaluation"
 
     def after_step(self, result: StepResult) -> None:
-        every = self.trainer.spec.training.validate_every_steps
-        final = result.step == self.trainer.total_steps
-        if final or (every and result.step % every == 0 and not result.last):  # a stop has only so much time
+        if self.trainer.validates(result):
             self.validate()
 
     @torch.no_grad()

@@ -3,37 +3,40 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
 
 from internlm_trainer import config
 from internlm_trainer.callbacks.base import Callback, StepResult
-from internlm_trainer.data.packing import Row
 from internlm_trainer.errors import Diverged
 from internlm_trainer.machine import card
 from internlm_trainer.optim.guard import Counts
 from internlm_trainer.optim.schedule import beta2
 from internlm_trainer.telemetry.flops import causal_flops, full_flops, peak_flops
 from internlm_trainer.telemetry.memory import peaks
-from internlm_trainer.telemetry.tally import Sums, Tally, source_names
+from internlm_trainer.telemetry.tally import Reading, Sums, Tally, source_names
 
 if TYPE_CHECKING:
     from internlm_trainer.train import Trainer
 
 
 class Progress(Callback):
-    """Measures every `logEverySteps` steps, and wherever a checkpoint is due."""
+    """Measures every `logEverySteps` steps, and wherever a checkpoint is due.
+
+    No GPU waits for it: what was measured is told once the next step is in the GPU's queue, unless a checkpoint or a
+    validation makes it wait anyway.
+    """
 
     def __init__(self, trainer: Trainer) -> None:
         super().__init__(trainer)
         self._tally = Tally(len(trainer.spec.data.train), trainer.world.device)
         self._peak = peak_flops(card(trainer.world.device))
         self._since = (0.0, 0, 0)
+        self._measured: tuple[StepResult, int, Reading] | None = None
 
     def start(self) -> None:
-        self._since = self._now()
+        self._since = time.monotonic(), self.trainer.tokens, self.trainer.step
         self.trainer.telemetry.begin(time.monotonic() - self.trainer.world.formed_at)
 
     def after_step(self, result: StepResult) -> None:
@@ -41,13 +44,25 @@ class Progress(Callback):
         trainer.telemetry.step(result.step)
         for row, row_loss in zip(result.rows, result.row_losses, strict=True):
             self._tally.add(row, row_loss)
-        if result.step % trainer.spec.training.log_every_steps and not trainer.saves(result):
+        self._tell()
+        saves = trainer.saves(result)
+        if result.step % trainer.spec.training.log_every_steps and not saves:
             return
         course = torch.stack((result.loss, result.grad_norm))
         # One transfer from the device; steps and counts are far below 2^53.
         scale = course.new_ones(1) if trainer.guard.scale is None else trainer.guard.scale.reshape(1)
         found = (course.double(), scale.double(), trainer.guard.counts.double())
-        (loss, norm, loss_scale, *counted), sums = self._tally.reduce(torch.cat(found))
+        self._measured = result, trainer.tokens, self._tally.reduce(torch.cat(found))
+        if saves or trainer.validates(result) or trainer.world.device.type == "cpu":
+            self._tell()
+
+    def _tell(self) -> None:
+        """Tell of the step that was measured, if one is to be told of."""
+        if not self._measured:
+            return
+        (result, tokens, reading), self._measured = self._measured, None
+        trainer = self.trainer
+        (loss, norm, loss_scale, *counted), sums = reading.read()
         counts = Counts(*map(int, counted))
         if counts.in_a_row:
             self._check_course(result.step, loss, norm, counts)
@@ -56,14 +71,15 @@ class Progress(Callback):
         values |= {"loss_scale": loss_scale, "inf_nan_skip_batches": counts.skipped}
         if slowest := trainer.slowest:
             values |= {"straggler_rank": slowest.rank, "straggler_score": slowest.score}
-        trainer.telemetry.measured(values | self._speed(sums) | self._batch(result.rows) | self._losses(sums))
+        values |= {"num_consumed_tokens": tokens} | self._batch(result)
+        trainer.telemetry.measured(values | self._speed(result.step, tokens, sums) | self._losses(sums))
 
-    def _speed(self, sums: Sums) -> dict[str, float]:
-        """How fast the steps since the last measurement were, and where their time went."""
+    def _speed(self, step: int, all_tokens: int, sums: Sums) -> dict[str, float]:
+        """How fast the steps since the last measurement were, of which `step` just ended, and where their time went."""
         trainer = self.trainer
-        (began, tokens_before, steps_before), self._since = self._since, self._now()
+        (began, tokens_before, steps_before), self._since = self._since, (time.monotonic(), all_tokens, step)
         seconds = self._since[0] - began
-        tokens, steps = self._since[1] - tokens_before, self._since[2] - steps_before
+        tokens, steps = all_tokens - tokens_before, step - steps_before
         each = max(seconds, 1e-9) * trainer.world.size
         shape = config.model_shape(trainer.spec.model)
         full = full_flops(shape, tokens, trainer.spec.model.seq_len) / each
@@ -79,17 +95,17 @@ class Progress(Callback):
         spent = {f"{name}_time": spent / max(steps, 1) for name, spent in trainer.stopwatch.read().items()}
         return values | {"step_time": seconds / max(steps, 1)} | spent | peaks(trainer.world.device)
 
-    def _batch(self, rows: Sequence[Row]) -> dict[str, float]:
-        """The last step's batch, under InternLM's names: of this rank, as there."""
+    def _batch(self, result: StepResult) -> dict[str, float]:
+        """The step's batch, under InternLM's names: of this rank, as there."""
+        rows = result.rows
         samples = [len(row.cu_seqlens) - 1 for row in rows]
         return {
             "micro_num": len(rows),
-            "num_consumed_tokens": self.trainer.tokens,
             "num_samples_in_batch": sum(samples),
             "largest_length": max(row.max_seqlen for row in rows),
             "largest_batch": max(samples),
             "smallest_batch": min(samples),
-            "adam_beta2": beta2(self.trainer.spec.training.optimizer, self.trainer.step - 1),
+            "adam_beta2": beta2(self.trainer.spec.training.optimizer, result.step - 1),
         }
 
     def _losses(self, sums: Sums) -> dict[str, float]:
@@ -97,9 +113,6 @@ class Progress(Callback):
         names = source_names([source.path for source in self.trainer.spec.data.train])
         found = zip(names, sums.losses, strict=True)
         return {f"loss/{name}": loss for name, loss in found if loss is not None} if len(names) > 1 else {}
-
-    def _now(self) -> tuple[float, int, int]:
-        return time.monotonic(), self.trainer.tokens, self.trainer.step
 
     def _check_course(self, step: int, loss: float, norm: float, counts: Counts) -> None:
         """End the job before what cannot get better reaches a checkpoint."""

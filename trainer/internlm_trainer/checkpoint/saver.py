@@ -1,9 +1,11 @@
-"""Saves beside training: the loop waits only while the state is copied, and a thread writes the copy.
+"""Saves beside training: the state is copied while the next step computes, and a thread writes the copy.
+
+Only that step's update waits for the copies, on the device where they come from there.
 
 All ranks are in the same phase of the same save, since they change it only by numbers that they sum up in each
 step's exchange, which is there anyway:
 
-    idle -> writing      `begin`: every rank has copied its state and writes its shard
+    idle -> writing      `begin`: every rank copies its state and writes its shard
     writing -> finishing every rank has written, or failed to; rank 0 has gathered what the manifest needs and
                          commits, or removes what the failed save has left
     finishing -> idle    rank 0 is done
@@ -22,6 +24,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any, Protocol
+
+import torch
 
 from internlm_trainer.checkpoint.errors import SaveFailed
 from internlm_trainer.checkpoint.format import ShardEntry
@@ -92,6 +96,9 @@ class Saver:
         self._store, self._world, self._writes, self._max_age = store, world, writes, max_age
         self.tell: Callable[[Saved | Failed], None] = lambda _: None
         self._snapshot = Snapshot()
+        self._prepared: Future[None] | None = None
+        self._copied: Future[None] | None = None
+        self._held: tuple[torch.cuda.Event, torch.cuda.Event] | None = None
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._phase = Phase.IDLE
         self._work: Future[Any] | None = None
@@ -108,6 +115,11 @@ class Saver:
         if not self._writes:
             self._snapshot.release()
         self.saved_step = checkpoint.step
+
+    def prepare(self, pieces: Iterable[Piece]) -> None:
+        """Have the memory for copies before the first save, beside what follows."""
+        if self._writes:
+            self._prepared = self._thread.submit(self._snapshot.prepare, list(pieces))
 
     def wanted(self, due: bool) -> bool:
         """Whether `begin` is to be called after this step, where a save is `due` or not."""
@@ -128,19 +140,37 @@ class Saver:
         state: Mapping[str, Any],
         parameters: Mapping[str, tuple[int, ...]],
     ) -> None:
-        """Copy the state and write it beside what follows.  `state`: the loop's, as `commit` wants it."""
+        """Copy the state and write it beside what follows, of which an update begins with `before_update`.
+
+        state: the loop's, as `commit` wants it.
+        """
         assert self._phase is Phase.IDLE
         self._began = time.monotonic()
         self._phase, self._step, self._postponed = Phase.WRITING, step, False
         self._state, self._parameters = json.loads(json.dumps(state)), parameters
+        self._held = None
         if self._writes:
-            snapshot = self._snapshot.take(pieces)
-            self._work = self._thread.submit(self._write, step, snapshot)
+            if self._prepared:
+                self._prepared.result()
+            self._snapshot.begin(pieces)
+            self._copied = self._thread.submit(self._snapshot.finish)
+            self._work = self._thread.submit(self._write, step)
         self._stall = time.monotonic() - self._began
 
-    def _write(self, step: int, snapshot: Snapshot) -> ShardEntry | str:
+    def before_update(self) -> None:
+        """Make what follows, which changes the state, wait for the copies of what it was."""
+        if self._copied is None:
+            return
+        began = time.monotonic()
+        self._held = self._snapshot.hold()
+        if self._snapshot.of_host:
+            self._copied.result()
+        self._copied = None
+        self._stall += time.monotonic() - began
+
+    def _write(self, step: int) -> ShardEntry | str:
         try:
-            return self._store.write_shard(step, self._world.rank, snapshot)
+            return self._store.write_shard(step, self._world.rank, self._snapshot)
         except SaveFailed as error:
             return str(error)
 
@@ -214,6 +244,10 @@ class Saver:
     def _end(self, failed: bool) -> None:
         result, now = self._result(), time.monotonic()
         self._phase, self._work = Phase.IDLE, None
+        if self._held:
+            waited_from, waited_to = self._held
+            waited_to.synchronize()  # the copies are written: they ended long ago
+            self._stall += waited_from.elapsed_time(waited_to) / 1000
         if not failed:
             self.saved_step, self._failures = self._step, 0
             self._last_good = now

@@ -1,19 +1,21 @@
 """A copy of one rank's state in host memory, laid out as its shard will be.
 
-Saving takes the copy at a step's end and writes it while training goes on.  The memory is one shard, taken once
-and used again by every save; for a GPU it is page-locked, so that copies run at the bus's speed.
+Saving takes the copy while the next step computes, which changes nothing of the state before its update, and writes
+it while training goes on.  The memory is one shard, taken once and used again by every save; for a GPU it is
+page-locked, so that copies run at the bus's speed.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, Self
+from typing import Self
 
 import torch
 
 from internlm_trainer.checkpoint.format import CHUNK, PieceEntry, aligned
 from internlm_trainer.checkpoint.load import Checkpoint
 from internlm_trainer.checkpoint.tensors import Piece, Want, as_tensor, dtype_name
+from internlm_trainer.transfer import page_locked
 
 
 class Snapshot:
@@ -22,7 +24,9 @@ class Snapshot:
     def __init__(self) -> None:
         self.pieces: tuple[PieceEntry, ...] = ()
         self._image = torch.zeros(0, dtype=torch.uint8)
-        self._pinned = False
+        self._stream: torch.cuda.Stream | None = None
+        self._on_device: torch.cuda.Event | None = None  # the end of the copies from there
+        self._on_host: list[tuple[torch.Tensor, torch.Tensor]] = []  # (place, values) still to be copied
 
     @property
     def bytes(self) -> int:
@@ -30,12 +34,56 @@ class Snapshot:
 
     def take(self, pieces: Iterable[Piece]) -> Self:
         """Copy the pieces as they are now; on return they may change."""
-        found = list(pieces)
-        self._lay_out(found)
-        for piece, view in zip(found, self._views(found), strict=True):
-            view.copy_(as_tensor(piece.tensor), non_blocking=True)
-        _wait_for_copies(found)
+        self.begin(pieces)
+        self.finish()
         return self
+
+    def begin(self, pieces: Iterable[Piece]) -> None:
+        """Start to copy the pieces as they are after what their device has to do so far.
+
+        Until `finish` has returned nothing else may change them than what comes after a `hold`.
+        """
+        found = list(pieces)
+        self.prepare(found)
+        pairs = [
+            (view, as_tensor(piece.tensor)) for piece, view in zip(found, self._views(found), strict=True)
+        ]
+        self._on_host = [pair for pair in pairs if not pair[1].is_cuda]
+        self._on_device = None
+        if on_device := [pair for pair in pairs if pair[1].is_cuda]:
+            device = on_device[0][1].device
+            self._stream = self._stream or torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+            self._stream.wait_stream(torch.cuda.current_stream(device))
+            with torch.cuda.stream(self._stream):
+                for view, values in on_device:
+                    view.copy_(values, non_blocking=True)
+                self._on_device = self._stream.record_event()
+
+    def finish(self) -> None:
+        """Wait until all is copied, which may be in another thread."""
+        for view, values in self._on_host:
+            view.copy_(values)
+        if self._on_device:
+            self._on_device.synchronize()
+
+    @property
+    def of_host(self) -> bool:
+        """Whether some of it is copied in `finish`, and not by a device."""
+        return bool(self._on_host)
+
+    def hold(self) -> tuple[torch.cuda.Event, torch.cuda.Event] | None:
+        """Make what the device is given from here on wait for its copies, and not the host.
+
+        Returns between which events it waits; None where no device copies.
+        """
+        if not self._on_device:
+            return None
+        stream = torch.cuda.current_stream()
+        began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+        began.record(stream)
+        stream.wait_event(self._on_device)
+        ended.record(stream)
+        return began, ended
 
     def restore(self, checkpoint: Checkpoint, pieces: Iterable[Piece]) -> None:
         """Load the pieces of any layout's checkpoint; those on a device by way of the image.
@@ -44,7 +92,7 @@ class Snapshot:
         """
         found = list(pieces)
         if any(as_tensor(piece.tensor).is_cuda for piece in found):
-            self._lay_out(found)
+            self.prepare(found)
             buffers: Sequence[torch.Tensor] = self._views(found)
         else:
             buffers = [as_tensor(piece.tensor) for piece in found]
@@ -65,7 +113,8 @@ class Snapshot:
         for start in range(0, len(whole), CHUNK):
             yield whole[start : start + CHUNK]
 
-    def _lay_out(self, pieces: Sequence[Piece]) -> None:
+    def prepare(self, pieces: Sequence[Piece]) -> None:
+        """Have the memory for copies of these pieces, which takes seconds for gigabytes; nothing if it is there."""
         entries, end = [], 0
         for piece in pieces:
             assert 0 <= piece.start < piece.stop
@@ -80,11 +129,10 @@ class Snapshot:
         if tuple(entries) == self.pieces:
             return
         self.release()
-        self.pieces, self._image = tuple(entries), torch.zeros(end, dtype=torch.uint8)
-        if end and any(as_tensor(piece.tensor).is_cuda for piece in pieces):
-            # Not torch.empty(pin_memory=True), which takes the next power of two of bytes.
-            _check(_cuda().cudaHostRegister(self._image.data_ptr(), end, 0))
-            self._pinned = True
+        devices = {as_tensor(piece.tensor).device for piece in pieces}
+        gpu = next((device for device in devices if device.type == "cuda"), None)
+        self.pieces = tuple(entries)
+        self._image = page_locked(end, torch.uint8, gpu) if gpu else torch.zeros(end, dtype=torch.uint8)
 
     def _views(self, pieces: Sequence[Piece]) -> list[torch.Tensor]:
         views = []
@@ -95,20 +143,10 @@ class Snapshot:
 
     def release(self) -> None:
         """Give the memory back."""
-        if self._pinned:
-            _check(_cuda().cudaHostUnregister(self._image.data_ptr()))
-        self.pieces, self._image, self._pinned = (), torch.zeros(0, dtype=torch.uint8), False
+        self.pieces, self._image = (), torch.zeros(0, dtype=torch.uint8)
 
 
 def _wait_for_copies(pieces: Iterable[Piece]) -> None:
     for device in {as_tensor(piece.tensor).device for piece in pieces}:
         if device.type == "cuda":
             torch.cuda.current_stream(device).synchronize()
-
-
-def _cuda() -> Any:
-    return torch.cuda.cudart()  # type: ignore[no-untyped-call]
-
-
-def _check(error: Any) -> None:
-    torch.cuda.check_error(int(error))

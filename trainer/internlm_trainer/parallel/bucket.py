@@ -16,6 +16,7 @@ from internlm_trainer.parallel.layout import (
     gradient_buffers,
 )
 from internlm_trainer.parallel.mesh import Done, Mesh, Streams
+from internlm_trainer.transfer import page_locked
 
 
 class Bucket:
@@ -52,13 +53,14 @@ class Bucket:
 
         self.offload = spec.offload == "optimizer"
         host = torch.device("cpu") if self.offload else device
-        self.pinned = self.offload and device.type == "cuda"
-        self.master = torch.zeros(
-            self.optimizer_span.size, dtype=torch.float32, device=host, pin_memory=self.pinned
-        )
-        self.master_grad = torch.zeros_like(self.master, pin_memory=self.pinned)
+        locked, size = self.offload and device.type == "cuda", self.optimizer_span.size
+
+        def zeros(dtype: torch.dtype) -> Tensor:
+            return page_locked(size, dtype, device) if locked else torch.zeros(size, dtype=dtype, device=host)
+
+        self.master, self.master_grad = zeros(torch.float32), zeros(torch.float32)
         # Where the host's weights are rounded before they are sent.
-        self.staging = torch.empty_like(self.master, dtype=dtype, pin_memory=True) if self.pinned else None
+        self.staging = zeros(dtype) if locked else None
 
         # What gradients are reduced in.  Sums across groups are 1/o of the bytes, and so may stay fp32.
         lossy = spec.reduce_precision == "bf16" and mesh.layout.world_size > 1

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from internlm_trainer.data.packing import Row
 from internlm_trainer.telemetry.flops import causal_pairs
+from internlm_trainer.transfer import ToHost, to_device
 
 
 class Sums(NamedTuple):
@@ -36,21 +37,34 @@ class Tally:
         self._labels[row.source] += row.learned
         self._pairs += causal_pairs(row.cu_seqlens)
 
-    def reduce(self, common: Tensor) -> tuple[list[float], Sums]:
-        """(`common`, tallies of all ranks), by one reduction and one transfer; starts anew.
+    def reduce(self, common: Tensor) -> Reading:
+        """`common` and the tallies of all ranks, by one reduction and one transfer; starts anew.
 
-        `common` is 1-dim on the device and the same on all ranks.  Waits for the device.  Every rank calls it.
+        `common` is 1-dim on the device and the same on all ranks.  Waits for nothing.  Every rank calls it.
         """
-        counts = torch.tensor([*self._labels, self._pairs], dtype=torch.float64, device=self._losses.device)
-        sums = torch.cat((self._losses, counts))
+        counts = torch.tensor([*self._labels, self._pairs], dtype=torch.float64)
+        sums = torch.cat((self._losses, to_device(counts, self._losses.device)))
         dist.all_reduce(sums)
-        found = torch.cat((common.double(), sums)).tolist()
-        shared, (*numbers, pairs) = found[: len(common)], found[len(common) :]
-        losses, labels = numbers[: len(self._labels)], numbers[len(self._labels) :]
-        means = [loss / count if count else None for loss, count in zip(losses, labels, strict=True)]
+        reading = Reading(ToHost(torch.cat((common.double(), sums))), len(common))
         self._losses.zero_()
         self._labels, self._pairs = [0] * len(self._labels), 0
-        return shared, Sums(means, int(pairs))
+        return reading
+
+
+class Reading(NamedTuple):
+    """What `Tally.reduce` found, on its way to the host."""
+
+    numbers: ToHost
+    common: int
+    """How many of them come first."""
+
+    def read(self) -> tuple[list[float], Sums]:
+        """(`common`, tallies); waits for the device."""
+        found = self.numbers.read()
+        shared, (*numbers, pairs) = found[: self.common], found[self.common :]
+        sources = len(numbers) // 2
+        sums = zip(numbers[:sources], numbers[sources:], strict=True)
+        return shared, Sums([loss / labels if labels else None for loss, labels in sums], int(pairs))
 
 
 def source_names(paths: Sequence[str]) -> list[str]:
