@@ -28,7 +28,7 @@ from internlm_operator.waits import Refusal
 # The kubelet kills at the end of the grace; if the pod is still there this much later, its node is gone.
 OVERDUE_SECONDS = 30
 # Pods that one plan makes, and that it deletes: a look at a job of thousands stays short, and the next one goes on.
-BURST = 32
+BURST = 16
 
 
 @dataclass(frozen=True)

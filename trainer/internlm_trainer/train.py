@@ -285,6 +285,7 @@ class Trainer:
             # For those who export it:
             "tokenizer": self.spec.data.tokenizer,
             "seqLen": self.spec.model.seq_len,
+            "optimizer": self.spec.training.optimizer.model_dump(mode="json", by_alias=True),
         }
 
     def _restore(self, checkpoint: Checkpoint) -> None:

@@ -30,15 +30,26 @@ def random_weights(shape: ModelShape, seed: int = 0) -> dict[str, Tensor]:
     return found
 
 
-def save(url: str, shape: ModelShape, weights: dict[str, Tensor], ranks: int = 3, **state: object) -> str:
-    """A checkpoint of these weights that `ranks` wrote, each parameter cut at their borders; its URL."""
+def save(
+    url: str,
+    shape: ModelShape,
+    weights: dict[str, Tensor],
+    ranks: int = 3,
+    moments: dict[str, dict[str, Tensor]] | None = None,
+    **state: object,
+) -> str:
+    """A checkpoint of these weights that `ranks` wrote, each parameter cut at their borders; its URL.
+
+    moments: of each kind of state the values of every parameter.
+    """
     store = CheckpointStore(url, shape._asdict(), keep=3, job="job")
     entries = []
     for rank in range(ranks):
         pieces = []
-        for name, values in weights.items():
-            start, stop = (values.numel() * one // ranks for one in (rank, rank + 1))
-            pieces.append(Piece("master", name, start, stop, values.flatten()[start:stop].clone()))
+        for kind, states in {"master": weights, **(moments or {})}.items():
+            for name, values in states.items():
+                start, stop = (values.numel() * one // ranks for one in (rank, rank + 1))
+                pieces.append(Piece(kind, name, start, stop, values.flatten()[start:stop].clone()))
         entries.append(store.write_shard(100, rank, Snapshot().take(pieces)))
     sizes = {name: tuple(values.shape) for name, values in weights.items()}
     return store.commit(100, entries, state, sizes).uri

@@ -58,6 +58,9 @@ def export(
     ] = None,
     tp: Annotated[int, typer.Option(min=1, help="Tensor-parallel ranks that read it, for internlm.")] = 1,
     pp: Annotated[int, typer.Option(min=1, help="Pipeline stages that read it, for internlm.")] = 1,
+    optimizer: Annotated[
+        bool, typer.Option("--optimizer", help="AdamW's states too, for internlm with zero1=1.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document, for programs.")] = False,
 ) -> None:
     """Write weights for others: Hugging Face's format, or InternLM's.
@@ -67,15 +70,17 @@ def export(
     """
     from internlm_trainer.weights.export import export_internlm, export_llama, total_bytes
 
-    if format == Format.hf and (tp, pp) != (1, 1):
+    if format == Format.hf and ((tp, pp) != (1, 1) or optimizer):
         raise UserError(
-            "--tp and --pp are for --format internlm; Hugging Face's files are not split that way"
+            "--tp, --pp and --optimizer are for --format internlm; Hugging Face's files are not split and have no "
+            "states"
         )
 
     def write(weights: Weights) -> list[str]:
-        with bar("exporting", total_bytes(weights, dtype)) as advance:
+        states = 3 * total_bytes(weights, "fp32") if optimizer else 0
+        with bar("exporting", total_bytes(weights, dtype) + states) as advance:
             if format == Format.internlm:
-                return export_internlm(weights, to, dtype, tp, pp, advance)
+                return export_internlm(weights, to, dtype, tp, pp, advance, optimizer=optimizer)
             words = tokenizer_of(weights, tokenizer)
             return export_llama(weights, to, dtype, words, context_of(weights, context), advance)
 

@@ -57,16 +57,23 @@ def write_safetensors(
         _write(file, weights, one, type, progress)
 
 
-def write_pt(
-    file: IO[bytes], weights: Weights, tensors: Sequence[Stored], type: Type, progress: Progress
-) -> None:
-    """As `torch.save` of a dictionary; otherwise as `write_safetensors`."""
+class Part(NamedTuple):
+    """A tensor of a file, and where its numbers come from."""
+
+    weights: Weights
+    tensor: Stored
+
+
+def write_pt(file: IO[bytes], content: object, type: Type, progress: Progress) -> None:
+    """As `torch.save` of `content`, plain values with a `Part` where a tensor is to be; otherwise as
+    `write_safetensors`."""
     with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
-        _add(archive, "data.pkl", _pickled(tensors, type))
+        pickled, parts = _pickled(content, type)
+        _add(archive, "data.pkl", pickled)
         _add(archive, "byteorder", b"little")
-        for number, one in enumerate(tensors):
+        for number, one in enumerate(parts):
             with archive.open(_member(archive, f"data/{number}"), "w", force_zip64=True) as member:
-                _write(member, weights, one, type, progress)
+                _write(member, *one, type, progress)
         _add(archive, "version", b"3\n")
 
 
@@ -114,13 +121,9 @@ class _Storage(NamedTuple):
     elements: int
 
 
-class _Reference(NamedTuple):
-    storage: _Storage
-    shape: tuple[int, ...]
-
-
-def _pickled(tensors: Sequence[Stored], type: Type) -> bytes:
-    """The dictionary as PyTorch pickles it, with references in place of the tensors' bytes."""
+def _pickled(content: object, type: Type) -> tuple[bytes, list[Part]]:
+    """The content as PyTorch pickles it, with references in place of the tensors' bytes, and the tensors in order."""
+    parts: list[Part] = []
 
     class Pickler(pickle.Pickler):
         def persistent_id(self, value: Any) -> Any:
@@ -129,16 +132,15 @@ def _pickled(tensors: Sequence[Stored], type: Type) -> bytes:
             return None
 
         def reducer_override(self, value: Any) -> Any:
-            if isinstance(value, _Reference):
-                strides = tuple(prod(value.shape[axis + 1 :]) for axis in range(len(value.shape)))
-                arguments: tuple[Any, ...] = (value.storage, 0, value.shape, strides, False, OrderedDict())
+            if isinstance(value, Part):
+                shape = value.tensor.shape
+                strides = tuple(prod(shape[axis + 1 :]) for axis in range(len(shape)))
+                storage = _Storage(str(len(parts)), prod(shape))
+                arguments: tuple[Any, ...] = (storage, 0, shape, strides, False, OrderedDict())
+                parts.append(value)
                 return torch._utils._rebuild_tensor_v2, arguments
             return NotImplemented
 
-    content = {
-        one.name: _Reference(_Storage(str(number), prod(one.shape)), one.shape)
-        for number, one in enumerate(tensors)
-    }
     buffer = io.BytesIO()
     Pickler(buffer, protocol=2).dump(content)
-    return buffer.getvalue()
+    return buffer.getvalue(), parts

@@ -20,7 +20,7 @@ from internlm_trainer.config import ModelShape
 from internlm_trainer.data.tokenizer import Tokenizer
 from internlm_trainer.errors import UserError
 from internlm_trainer.storage import join, remove_leftovers, user_errors, write_whole
-from internlm_trainer.weights.archive import Progress, size, write_pt, write_safetensors
+from internlm_trainer.weights.archive import Part, Progress, size, write_pt, write_safetensors
 from internlm_trainer.weights.files import TYPES, Type
 from internlm_trainer.weights.layout import (
     Files,
@@ -33,6 +33,7 @@ from internlm_trainer.weights.layout import (
     tensor_split_problem,
 )
 from internlm_trainer.weights.llama_config import config_of
+from internlm_trainer.weights.optimizer_files import checkpoint_of, optimizer_content, optimizer_file
 from internlm_trainer.weights.recognise import CONFIG, MODEL_CONFIG
 from internlm_trainer.weights.source import Weights
 from internlm_trainer.weights.tokenizer_files import generation_config, tokenizer_files
@@ -92,10 +93,13 @@ def export_internlm(
     tensor: int,
     pipeline: int,
     progress: Progress = lambda _: None,
+    *,
+    optimizer: bool = False,
 ) -> list[str]:
     """Write InternLM's format below `out`, for so many tensor- and pipeline-parallel ranks; the files' names.
 
-    Models with grouped queries are written as InternLM2.  Raises as `export_llama`.
+    optimizer: also the states of a checkpoint's AdamW, in fp32.  Models with grouped queries are written as InternLM2.
+    Raises as `export_llama`.
     """
     shape, type = weights.shape, TYPES[dtype]
     if problem := tensor_split_problem(shape, tensor):
@@ -110,10 +114,15 @@ def export_internlm(
         for t in range(tensor)
         for p, blocks in enumerate(stages(shape.layers, pipeline))
     }
-    folder = _Out(out, MODEL_CONFIG, list(plan))
+    checkpoint = checkpoint_of(weights) if optimizer else None
+    states = {name: optimizer_file(name) for name in plan} if checkpoint else {}
+    folder = _Out(out, MODEL_CONFIG, [*plan, *states.values()])
     for name, tensors in plan.items():
         with folder.file(name) as file:
-            write_pt(file, weights, tensors, type, progress)
+            write_pt(file, {one.name: Part(weights, one) for one in tensors}, type, progress)
+        if checkpoint:
+            with folder.file(states[name]) as file:
+                write_pt(file, optimizer_content(checkpoint, tensors), TYPES["fp32"], progress)
     config = io.BytesIO()
     torch.save(_model_config(shape, type, files), config)
     folder.bytes(MODEL_CONFIG, config.getvalue())

@@ -10,7 +10,7 @@ head_dim), so a rank's share of them is three pieces.  InternLM2 orders them (kv
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
 from math import prod
 from typing import NamedTuple
@@ -173,6 +173,29 @@ def internlm(shape: ModelShape, files: Files, rank: int, blocks: tuple[int, int]
         stored = (height, width) if len(size) > 1 else (height,)
         found.append(Stored(f"model.{stem}.{kind}", stored, slices))
     return found
+
+
+_MODULES = (
+    "mixer.Wqkv.weight",
+    "mixer.Wqkv.bias",
+    "mixer.out_proj.weight",
+    _OUT_BIAS,
+    "norm1.weight",
+    "norm2.weight",
+)
+
+
+def flattened(tensors: Sequence[Stored]) -> list[Stored]:
+    """A file's tensors as InternLM's optimizer lays them flat: the largest first, and of one size in the order of its
+    modules, in which a block's norms come after attention."""
+
+    def in_modules(tensor: Stored) -> tuple[float, int]:
+        layer, part = _split_name(tensor.name.removeprefix("model."))
+        if layer is None:
+            return (-1 if part.startswith("embedding") else float("inf")), 0
+        return layer, _MODULES.index(part) if part in _MODULES else len(_MODULES)
+
+    return sorted(sorted(tensors, key=in_modules), key=lambda one: -prod(one.shape))
 
 
 def _split_name(name: str) -> tuple[int | None, str]:

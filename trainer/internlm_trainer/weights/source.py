@@ -40,10 +40,10 @@ class Weights(Protocol):
 
 
 class CheckpointWeights:
-    """The weights of a checkpoint of any layout."""
+    """The weights of a checkpoint of any layout, or another kind of its states."""
 
-    def __init__(self, checkpoint: Checkpoint) -> None:
-        self.checkpoint, self.url = checkpoint, checkpoint.committed.uri
+    def __init__(self, checkpoint: Checkpoint, kind: str = MASTER) -> None:
+        self.checkpoint, self.url, self.kind = checkpoint, checkpoint.committed.uri, kind
         try:
             self.shape = ModelShape(**checkpoint.manifest.model)
         except TypeError as error:
@@ -53,11 +53,16 @@ class CheckpointWeights:
         self.context: int | None = checkpoint.state.get("seqLen")
         self.tokenizer: str | None = checkpoint.state.get("tokenizer")
 
+    def of(self, kind: str) -> CheckpointWeights:
+        """Its states of another kind."""
+        return CheckpointWeights(self.checkpoint, kind)
+
     def rows(self, parameter: str, start: int, stop: int) -> Tensor:
         columns = prod(self.checkpoint.manifest.parameters[parameter][1:])
-        out = torch.empty((stop - start) * columns)
-        self.checkpoint.load([Want(MASTER, parameter, start * columns, stop * columns, out)])
-        return out.view(-1, columns)
+        dtype = self.checkpoint.index.dtype(self.kind, parameter) or "float32"
+        out = torch.empty((stop - start) * columns, dtype=getattr(torch, dtype))
+        self.checkpoint.load([Want(self.kind, parameter, start * columns, stop * columns, out)])
+        return out.view(-1, columns).float()
 
 
 class StoredWeights:
