@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from internlm_trainer import config
+from internlm_trainer.assembly import assemble
 from internlm_trainer.callbacks.base import Callback, StepResult
 from internlm_trainer.callbacks.checkpointing import Checkpointing
 from internlm_trainer.callbacks.evaluation import Completions, Evaluation
@@ -24,24 +25,11 @@ from internlm_trainer.config import TrainSpec
 from internlm_trainer.data.packing import Row
 from internlm_trainer.errors import Diverged, UserError
 from internlm_trainer.inputs import initial_weights, open_inputs, open_store
-from internlm_trainer.kernels import attention
 from internlm_trainer.kernels.attention import Documents
-from internlm_trainer.model.internlm import (
-    InternLM,
-    decays,
-    hidden_matrices,
-    initialise,
-    parameter_count,
-    parameter_generator,
-)
+from internlm_trainer.model.internlm import parameter_count
 from internlm_trainer.optim.guard import SkipGuard
 from internlm_trainer.optim.loss_scale import LossScale
-from internlm_trainer.optim.optimizer import MasterOptimizer
 from internlm_trainer.optim.schedule import learning_rate
-from internlm_trainer.parallel.compile import apply_compile
-from internlm_trainer.parallel.hybrid_zero import HybridZero
-from internlm_trainer.parallel.layout import ZeroLayout
-from internlm_trainer.parallel.recompute import apply_recompute
 from internlm_trainer.processes import Processes, Stopped
 from internlm_trainer.telemetry.diagnostics import record_memory
 from internlm_trainer.telemetry.heartbeat import Heartbeat
@@ -55,7 +43,6 @@ from internlm_trainer.weights.source import MASTER, Weights, fill
 
 log = logging.getLogger(__name__)
 
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 # In the order in which they hear of a step: values are told before they are saved.
 CALLBACKS: tuple[type[Callback], ...] = (
     Profiling,
@@ -108,7 +95,7 @@ class Trainer:
         self, name: str, spec: TrainSpec, store: CheckpointStore, world: Processes, attempt: int
     ) -> None:
         self.spec, self.world = spec, world
-        training, shape = spec.training, config.model_shape(spec.model)
+        training = spec.training
         sinks = world.together(lambda: asked_sinks(name, spec))
         self.row_tokens = config.row_tokens(spec)
         self.total_steps = config.total_steps(spec, world.size)
@@ -117,32 +104,7 @@ class Trainer:
 
         if spec.telemetry.memory_history:
             record_memory(world.device)
-        choice = attention.choose(world.device, DTYPES[training.precision])
-        with torch.device("meta"):
-            self.model = InternLM(shape, choice.attention)
-
-        def fill(parameter: str, values: Tensor) -> None:
-            initialise(parameter, values, shape.layers, parameter_generator(parameter, training.seed, values))
-
-        model = self.model
-        degrees = spec.parallel.zero.degrees(world.size)
-        self.zero = HybridZero(
-            model,
-            [model.embedding, *model.blocks, model.norm, model.head],
-            ZeroLayout(world.size, *degrees, world.local_size),
-            spec.parallel.zero,
-            dtype=DTYPES[training.precision],
-            device=world.device,
-            initialise=fill,
-            decays=decays,
-        )
-        apply_recompute(model.blocks, shape, spec.parallel.recompute)
-        apply_compile(model.blocks, spec.parallel.compile, world.device, self.row_tokens)
-        self.optimizer = world.together(
-            lambda: MasterOptimizer(
-                self.zero, training.optimizer, rows=lambda name: hidden_matrices(name, shape)
-            )
-        )
+        self.model, self.zero, self.optimizer, choice = assemble(spec, world)
         fp16 = training.precision == "fp16"
         loss_scale = LossScale(training.loss_scale, self.micro_batches(0), world.device) if fp16 else None
         self.guard = SkipGuard(training.skip, world.device, loss_scale)
@@ -160,10 +122,10 @@ class Trainer:
             self.zero.publish()
         log.info(
             "training %s parameters on %d processes (%s), zero %s, %d tokens a step, attention: %s (%s)",
-            f"{parameter_count(shape):,}",
+            f"{parameter_count(config.model_shape(spec.model)):,}",
             world.size,
             world.device.type,
-            degrees,
+            spec.parallel.zero.degrees(world.size),
             config.global_batch_tokens(spec, world.size),
             choice.name,
             choice.reason,

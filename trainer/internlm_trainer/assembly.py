@@ -1,0 +1,58 @@
+"""The model under Hybrid ZeRO and its optimizer, put together as a job describes them."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from internlm_trainer import config
+from internlm_trainer.config import TrainSpec
+from internlm_trainer.kernels import attention
+from internlm_trainer.model.internlm import InternLM, decays, hidden_matrices, initialise, parameter_generator
+from internlm_trainer.optim.optimizer import MasterOptimizer
+from internlm_trainer.parallel.compile import apply_compile
+from internlm_trainer.parallel.hybrid_zero import HybridZero
+from internlm_trainer.parallel.layout import ZeroLayout
+from internlm_trainer.parallel.recompute import apply_recompute
+from internlm_trainer.processes import Processes
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+class Assembly(NamedTuple):
+    """What trains."""
+
+    model: InternLM
+    zero: HybridZero
+    optimizer: MasterOptimizer
+    attention: attention.Choice
+
+
+def assemble(spec: TrainSpec, world: Processes) -> Assembly:
+    """A model with the weights that its seed draws; every rank calls it.  Raises UserError for a missing library."""
+    training, shape, dtype = spec.training, config.model_shape(spec.model), DTYPES[spec.training.precision]
+    choice = attention.choose(world.device, dtype)
+    with torch.device("meta"):
+        model = InternLM(shape, choice.attention)
+
+    def fill(parameter: str, values: Tensor) -> None:
+        initialise(parameter, values, shape.layers, parameter_generator(parameter, training.seed, values))
+
+    zero = HybridZero(
+        model,
+        [model.embedding, *model.blocks, model.norm, model.head],
+        ZeroLayout(world.size, *spec.parallel.zero.degrees(world.size), world.local_size),
+        spec.parallel.zero,
+        dtype=dtype,
+        device=world.device,
+        initialise=fill,
+        decays=decays,
+    )
+    apply_recompute(model.blocks, shape, spec.parallel.recompute)
+    apply_compile(model.blocks, spec.parallel.compile, world.device, config.row_tokens(spec))
+    optimizer = world.together(
+        lambda: MasterOptimizer(zero, training.optimizer, rows=lambda name: hidden_matrices(name, shape))
+    )
+    return Assembly(model, zero, optimizer, choice)
