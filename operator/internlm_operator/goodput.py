@@ -14,7 +14,7 @@ from datetime import datetime
 
 from internlm_operator.api import Attempt, Goodput, JobStatus
 from internlm_operator.failures import HUNG
-from internlm_operator.times import parse_time, stamp
+from internlm_operator.times import parse_time, seconds_since, stamp
 from internlm_operator.waits import REFUSED
 
 KINDS = tuple(name for name in Goodput.model_fields if name.endswith("_seconds"))
@@ -45,7 +45,9 @@ def advance(old: JobStatus, new: JobStatus, created: datetime, now: datetime) ->
     if not old.completion_time:
         # Another replica's clock may be ahead; time does not run backwards.
         until = max(since, now.replace(microsecond=0))
-        _spend(ledger, _kind(old), attempt, after, int((until - since).total_seconds()), stalled)
+        reported = new.progress.last_report_time if new.progress else None
+        silent = int(max(0.0, seconds_since(reported, until) or 0.0))
+        _spend(ledger, _kind(old), attempt, after, int((until - since).total_seconds()), stalled, silent)
         ledger.as_of = stamp(until)
     if after is not None:
         ledger.furthest_step = max(ledger.furthest_step, after.end_step or 0)
@@ -53,16 +55,26 @@ def advance(old: JobStatus, new: JobStatus, created: datetime, now: datetime) ->
 
 
 def _spend(
-    ledger: Goodput, kind: str, attempt: Attempt | None, after: Attempt | None, seconds: int, stalled: bool
+    ledger: Goodput,
+    kind: str,
+    attempt: Attempt | None,
+    after: Attempt | None,
+    seconds: int,
+    stalled: bool,
+    silent: int,
 ) -> None:
+    """silent: seconds since the last report of progress."""
     if attempt is None or after is None or kind not in _RUNNING:
         _add(ledger, kind, seconds)
         return
     if kind != "rendezvous_seconds":
         advanced = (after.end_step or 0) > (attempt.end_step or 0)
-        # There were no steps, and so no write, since it hung.
-        hung = kind == "hung_seconds" or after.reason in _HUNG or stalled
-        kind = "hung_seconds" if hung and not advanced else "productive_seconds"
+        hangs = after.reason in _HUNG or stalled
+        if advanced and hangs:  # the steps came before the last report
+            waited = min(seconds, silent)
+            _add(ledger, "hung_seconds", waited)
+            seconds -= waited
+        kind = "hung_seconds" if (hangs or kind == "hung_seconds") and not advanced else "productive_seconds"
     saving = max(0, min(seconds, after.checkpoint_stall_seconds - attempt.checkpoint_stall_seconds))
     loaded = max(0, min(seconds - saving, after.load_seconds - attempt.load_seconds))
     seconds -= saving + loaded

@@ -147,6 +147,19 @@ def test_the_time_from_the_last_step_to_the_end_of_a_hang_was_hung() -> None:
     assert spent(world) == {"hung": 300}
 
 
+def test_steps_that_were_not_written_yet_when_it_hung_do_not_hide_the_hang() -> None:
+    world = World()
+    world.start()
+    world.tell(make_report(step=100))
+    world.settle()
+    world.wait(2)
+    world.tell(make_report(step=110))  # written with what follows
+    world.wait(3)
+    world.end(0, 1, message("Hung", "rank 0 was stopped by a signal"))
+    world.settle()
+    assert spent(world) == {"productive": 2, "hung": 3}
+
+
 def running(step: int, stalled: bool, **goodput: Any) -> JobStatus:
     stall = {"type": "ProgressStalled", "status": str(stalled), "reason": "x", "lastTransitionTime": "x"}
     attempt = {"number": 1, "startTime": stamp(START), "endStep": step}
