@@ -317,11 +317,14 @@ class Controller:
                 if kind is Create:
                     self._refused.pop(key, None)
         except RefusedError as error:
-            known = self._refused.get(key)
-            self._refused[key] = error.refusal
-            reason = error.refusal.reason
+            known, reason = self._refused.get(key), error.refusal.reason
             about = {"job": "/".join(key), "attempt": last_attempt(job), "reason": reason}
             logger.warning("%s", error.refusal.message, extra=about)
+            if _status_of(job).get("phase") == "Running":
+                # Its workers have what they share; it is applied again with the next turn, not at every look.
+                self._applied[key] = shared_digest(job, self._settings), time.monotonic()
+                return False
+            self._refused[key] = error.refusal
             return known != error.refusal
         return False
 

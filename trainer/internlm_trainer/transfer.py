@@ -1,7 +1,8 @@
-"""Numbers between host and device, for neither of which the other waits."""
+"""Numbers and times between host and device, for neither of which the other waits."""
 
 from __future__ import annotations
 
+import time
 import weakref
 from typing import Any
 
@@ -56,3 +57,20 @@ class ToHost:
         if self._arrived:
             self._arrived.synchronize()
         return list(map(float, self._values.tolist()))
+
+
+class Moment:
+    """When a device has done what it was given so far; on a CPU, now."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._time = time.monotonic()
+        self._event: torch.cuda.Event | None = None
+        if device.type == "cuda":
+            self._event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+            self._event.record()
+
+    def since(self, earlier: Moment) -> float:
+        """Seconds between two moments of a device, which both have passed."""
+        if self._event and earlier._event:
+            return float(earlier._event.elapsed_time(self._event)) / 1000
+        return self._time - earlier._time

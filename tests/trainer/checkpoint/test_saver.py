@@ -123,6 +123,19 @@ def test_an_update_waits_for_the_copies_that_are_still_to_be_made(slow, monkeypa
     assert saved.stall > 0.3
 
 
+def test_what_was_not_copied_is_not_written(slow, monkeypatch):
+    def fail(_: Snapshot) -> None:
+        raise RuntimeError("the device is gone")
+
+    monkeypatch.setattr(Snapshot, "finish", fail)
+    slow.go.set()
+    training = Training(slow, Alone())
+    training.train(10, due=True)
+    with pytest.raises(RuntimeError, match="the device is gone"):
+        training.saver.wait()
+    assert slow.candidates() == []
+
+
 def test_memory_for_the_copies_is_there_before_the_first_save(slow):
     training = Training(slow, Alone())
     training.saver.prepare(training.pieces())

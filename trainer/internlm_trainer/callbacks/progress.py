@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
@@ -15,10 +15,29 @@ from internlm_trainer.optim.guard import Counts
 from internlm_trainer.optim.schedule import beta2
 from internlm_trainer.telemetry.flops import causal_flops, full_flops, peak_flops
 from internlm_trainer.telemetry.memory import peaks
+from internlm_trainer.telemetry.stragglers import Slowest
 from internlm_trainer.telemetry.tally import Reading, Sums, Tally, source_names
+from internlm_trainer.transfer import Moment
 
 if TYPE_CHECKING:
     from internlm_trainer.train import Trainer
+
+
+class _Point(NamedTuple):
+    """How far training is when its device comes to it."""
+
+    moment: Moment
+    tokens: int
+    step: int
+
+
+class _Measured(NamedTuple):
+    """A step that is to be told of."""
+
+    result: StepResult
+    now: _Point
+    reading: Reading
+    slowest: Slowest | None
 
 
 class Progress(Callback):
@@ -32,11 +51,11 @@ class Progress(Callback):
         super().__init__(trainer)
         self._tally = Tally(len(trainer.spec.data.train), trainer.world.device)
         self._peak = peak_flops(card(trainer.world.device))
-        self._since = (0.0, 0, 0)
-        self._measured: tuple[StepResult, int, Reading] | None = None
+        self._since = self._now()
+        self._measured: _Measured | None = None
 
     def start(self) -> None:
-        self._since = time.monotonic(), self.trainer.tokens, self.trainer.step
+        self._since = self._now()
         self.trainer.telemetry.begin(time.monotonic() - self.trainer.world.formed_at)
 
     def after_step(self, result: StepResult) -> None:
@@ -52,7 +71,8 @@ class Progress(Callback):
         # One transfer from the device; steps and counts are far below 2^53.
         scale = course.new_ones(1) if trainer.guard.scale is None else trainer.guard.scale.reshape(1)
         found = (course.double(), scale.double(), trainer.guard.counts.double())
-        self._measured = result, trainer.tokens, self._tally.reduce(torch.cat(found))
+        now = self._now()
+        self._measured = _Measured(result, now, self._tally.reduce(torch.cat(found)), trainer.slowest)
         if saves or trainer.validates(result) or trainer.world.device.type == "cpu":
             self._tell()
 
@@ -60,7 +80,7 @@ class Progress(Callback):
         """Tell of the step that was measured, if one is to be told of."""
         if not self._measured:
             return
-        (result, tokens, reading), self._measured = self._measured, None
+        (result, now, reading, slowest), self._measured = self._measured, None
         trainer = self.trainer
         (loss, norm, loss_scale, *counted), sums = reading.read()
         counts = Counts(*map(int, counted))
@@ -69,17 +89,20 @@ class Progress(Callback):
         trainer.telemetry.skipped(counts.skipped, counts.last)
         values: dict[str, float] = {"step": result.step, "loss": loss, "grad_norm": norm, "lr": result.lr}
         values |= {"loss_scale": loss_scale, "inf_nan_skip_batches": counts.skipped}
-        if slowest := trainer.slowest:
+        if slowest:
             values |= {"straggler_rank": slowest.rank, "straggler_score": slowest.score}
-        values |= {"num_consumed_tokens": tokens} | self._batch(result)
-        trainer.telemetry.measured(values | self._speed(result.step, tokens, sums) | self._losses(sums))
+        values |= {"num_consumed_tokens": now.tokens} | self._batch(result)
+        trainer.telemetry.measured(values | self._speed(now, sums) | self._losses(sums))
 
-    def _speed(self, step: int, all_tokens: int, sums: Sums) -> dict[str, float]:
-        """How fast the steps since the last measurement were, of which `step` just ended, and where their time went."""
+    def _now(self) -> _Point:
+        return _Point(Moment(self.trainer.world.device), self.trainer.tokens, self.trainer.step)
+
+    def _speed(self, now: _Point, sums: Sums) -> dict[str, float]:
+        """How fast the steps from the last measurement to this one were, and where their time went."""
         trainer = self.trainer
-        (began, tokens_before, steps_before), self._since = self._since, (time.monotonic(), all_tokens, step)
-        seconds = self._since[0] - began
-        tokens, steps = all_tokens - tokens_before, step - steps_before
+        before, self._since = self._since, now
+        seconds = now.moment.since(before.moment)
+        tokens, steps = now.tokens - before.tokens, now.step - before.step
         each = max(seconds, 1e-9) * trainer.world.size
         shape = config.model_shape(trainer.spec.model)
         full = full_flops(shape, tokens, trainer.spec.model.seq_len) / each

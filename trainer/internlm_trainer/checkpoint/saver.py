@@ -154,7 +154,7 @@ class Saver:
                 self._prepared.result()
             self._snapshot.begin(pieces)
             self._copied = self._thread.submit(self._snapshot.finish)
-            self._work = self._thread.submit(self._write, step)
+            self._work = self._thread.submit(self._write, step, self._copied)
         self._stall = time.monotonic() - self._began
 
     def before_update(self) -> None:
@@ -168,7 +168,8 @@ class Saver:
         self._copied = None
         self._stall += time.monotonic() - began
 
-    def _write(self, step: int) -> ShardEntry | str:
+    def _write(self, step: int, copied: Future[None]) -> ShardEntry | str:
+        copied.result()  # what was not copied is not written
         try:
             return self._store.write_shard(step, self._world.rank, self._snapshot)
         except SaveFailed as error:
@@ -244,9 +245,9 @@ class Saver:
     def _end(self, failed: bool) -> None:
         result, now = self._result(), time.monotonic()
         self._phase, self._work = Phase.IDLE, None
-        if self._held:
+        # An update that its device has not come to yet finds all copied: it is written.
+        if self._held and self._held[1].query():  # type: ignore[no-untyped-call]
             waited_from, waited_to = self._held
-            waited_to.synchronize()  # the copies are written: they ended long ago
             self._stall += waited_from.elapsed_time(waited_to) / 1000
         if not failed:
             self.saved_step, self._failures = self._step, 0

@@ -63,8 +63,10 @@ class Snapshot:
         """Wait until all is copied, which may be in another thread."""
         for view, values in self._on_host:
             view.copy_(values)
-        if self._on_device:
-            self._on_device.synchronize()
+        if self._on_device and self._stream:
+            # Waiting makes a context on the thread's device, which is the first one until it is set.
+            with torch.cuda.device(self._stream.device):
+                self._on_device.synchronize()
 
     @property
     def of_host(self) -> bool:

@@ -16,6 +16,7 @@ from internlm_trainer.weights.layout import Stored, flattened, is_internlm2, par
 from internlm_trainer.weights.source import MASTER, CheckpointWeights, Weights
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+RULE = ("lr", "betas", "eps", "weightDecay")
 LOSS_SCALE = 65536.0
 """That InternLM begins with: one that fits its next run comes by itself."""
 
@@ -50,7 +51,8 @@ def optimizer_content(weights: CheckpointWeights, tensors: Sequence[Stored]) -> 
     ordered = flattened(tensors)
     slices = tuple(part for one in ordered for part in one.slices)
     flat = Stored("flat", (sum(prod(one.shape) for one in ordered),), slices)
-    spec = OptimizerSpec.model_validate(weights.checkpoint.state.get("optimizer") or {})
+    told = weights.checkpoint.state.get("optimizer") or {}
+    spec = OptimizerSpec.model_validate({name: told[name] for name in RULE if name in told})
     skipped, *_ = (weights.checkpoint.state.get("guard") or {}).get("counts") or [0]
     moments = {kind: Part(weights.of(kind), flat) for kind in MOMENTS}
     group = {
