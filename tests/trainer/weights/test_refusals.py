@@ -267,7 +267,7 @@ def test_the_dictionary_class_of_internlms_own_configuration_is_allowed(
     [
         (("--format", "internlm", "--tp", 3), "--tp 3: 8 key and value heads cannot be shared equally by 3"),
         (("--format", "internlm", "--pp", 5), "--pp 5: the model has 4 blocks"),
-        (("--tp", 2), "--tp and --pp are for --format internlm"),
+        (("--tp", 2), "--tp, --pp and --optimizer are for --format internlm"),
         (("--tokenizer", "missing.model"), "--tokenizer: missing.model does not exist"),
     ],
 )
