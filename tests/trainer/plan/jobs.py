@@ -4,11 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-
 from internlm_trainer.config import TrainSpec
-
-TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def job(model: dict[str, Any], **parts: dict[str, Any]) -> TrainSpec:

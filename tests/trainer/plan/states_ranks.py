@@ -14,13 +14,14 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from internlm_trainer.assembly import DTYPES
 from internlm_trainer.config import model_shape
 from internlm_trainer.kernels.attention import Documents
 from internlm_trainer.model.internlm import InternLM, decays, hidden_matrices, initialise
 from internlm_trainer.optim.optimizer import MasterOptimizer
 from internlm_trainer.parallel.hybrid_zero import HybridZero
 from internlm_trainer.parallel.layout import ZeroLayout
-from trainer.plan.jobs import TYPES, small
+from trainer.plan.jobs import small
 
 LEAST = 100  # bytes: every shard has more, scalars (steps, norms) have less
 
@@ -53,7 +54,7 @@ def measure(
         [model.embedding, *model.blocks, model.norm, model.head],
         ZeroLayout(world, *degrees, world),
         spec.parallel.zero,
-        dtype=TYPES[precision],
+        dtype=DTYPES[precision],
         device=cpu,
         initialise=lambda name, values: initialise(name, values, shape.layers, torch.Generator()),
         decays=decays,

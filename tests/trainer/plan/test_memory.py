@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 from internlm_trainer import config
+from internlm_trainer.assembly import DTYPES
 from internlm_trainer.config import LOSS_CHUNK, ModelShape, TrainSpec
 from internlm_trainer.kernels import attention
 from internlm_trainer.kernels.attention import Documents
@@ -26,7 +27,7 @@ from internlm_trainer.parallel.recompute import apply_recompute
 from internlm_trainer.plan.memory import Work, memory, states
 from internlm_trainer.plan.units import model_units
 from trainer.live import LiveBytes
-from trainer.plan.jobs import TYPES, job, seven_b, small
+from trainer.plan.jobs import job, seven_b, small
 
 GIB = 2**30
 
@@ -82,7 +83,7 @@ def alone() -> Iterator[None]:
 def train_step(spec: TrainSpec, lengths: tuple[int, ...], device: torch.device) -> Iterator[None]:
     """The trainer's step on one process, over and over; the parts are made in the first."""
     shape, cpu = config.model_shape(spec.model), device
-    dtype = TYPES[spec.training.precision]
+    dtype = DTYPES[spec.training.precision]
     with torch.device("meta"):
         model = InternLM(shape, attention.choose(device, dtype).attention)
     zero = HybridZero(

@@ -11,11 +11,11 @@ from math import prod
 
 from internlm_trainer.config import OptimizerSpec
 from internlm_trainer.errors import UserError
+from internlm_trainer.optim.adamw import KINDS
 from internlm_trainer.weights.archive import Part
 from internlm_trainer.weights.layout import Stored, flattened, is_internlm2, parameters
 from internlm_trainer.weights.source import MASTER, CheckpointWeights, Weights
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
 RULE = ("lr", "betas", "eps", "weightDecay")
 LOSS_SCALE = 65536.0
 """That InternLM begins with: one that fits its next run comes by itself."""
@@ -35,7 +35,7 @@ def checkpoint_of(weights: Weights) -> CheckpointWeights:
             "--optimizer: models with grouped queries are written as InternLM2, for which InternLM's own code has no "
             "optimizer files; leave it out"
         )
-    for kind in MOMENTS:
+    for kind in KINDS:
         held = weights.checkpoint.index
         lacking = next((name for name in parameters(weights.shape) if not held.dtype(kind, name)), None)
         if lacking:
@@ -54,7 +54,7 @@ def optimizer_content(weights: CheckpointWeights, tensors: Sequence[Stored]) -> 
     told = weights.checkpoint.state.get("optimizer") or {}
     spec = OptimizerSpec.model_validate({name: told[name] for name in RULE if name in told})
     skipped, *_ = (weights.checkpoint.state.get("guard") or {}).get("counts") or [0]
-    moments = {kind: Part(weights.of(kind), flat) for kind in MOMENTS}
+    moments = {kind: Part(weights.of(kind), flat) for kind in KINDS}
     group = {
         "lr": spec.lr,
         "betas": tuple(spec.betas),
