@@ -7,7 +7,7 @@ a port of their own.  It is tried once: where it does not get going, or ends wit
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from datetime import datetime
 from typing import Any, NamedTuple
 
@@ -18,6 +18,8 @@ from internlm_operator.times import seconds_since, stamp
 
 # Until all agents have started the processes of an attempt in place; they ask every few seconds.
 READY_SECONDS = 60.0
+# Whose processes run tells so every five seconds: by then an operator that has just taken over has heard of all agents.
+HEARD_SECONDS = 10.0
 # An agent whose processes have ended asks every second, and hears that the job is finished.
 END_SECONDS = 10.0
 NOT_READY = "InPlaceRestartFailed"
@@ -82,13 +84,19 @@ def as_reported(pod: Pod, attempt: Attempt, agents: Agents) -> Pod:
     return {**pod, "status": {**pod["status"], "containerStatuses": statuses}}
 
 
-def possible(attempt: Attempt, gang: list[Pod], nodes: int, agents: Agents) -> bool:
-    """Whether the pods of an attempt that failed are fit for another one."""
+def possible(attempt: Attempt, gang: list[Pod], nodes: int, heard: Collection[int]) -> bool:
+    """Whether the pods of an attempt that failed are fit for another one; `heard`: whose agents are known."""
     if attempt.gang is not None and (attempt.end_step or 0) <= (attempt.start_step or 0):
         return False
     return len(gang) == nodes and all(
-        is_running(pod) and not is_terminating(pod) and index_of(pod) in agents for pod in gang
+        is_running(pod) and not is_terminating(pod) and index_of(pod) in heard for pod in gang
     )
+
+
+def expected(attempt: Attempt, gang: list[Pod], nodes: int, agents: Agents) -> bool:
+    """Whether they are, but for agents that have not been heard yet."""
+    unheard = bool(agents) and len(agents) < nodes
+    return unheard and possible(attempt, gang, nodes, range(nodes))
 
 
 def note_ready(attempt: Attempt, nodes: int, agents: Agents) -> None:

@@ -98,7 +98,7 @@ def reconcile(job: Object, observed: Observed, now: datetime) -> Plan:
 
     if current_attempt(draft.status) is not None:
         failure = _failure(draft, spec) or late_start(draft, spec)
-        if failure is not None and _may_be_secondary(draft, failure):
+        if failure is not None and _too_early(draft, spec, failure):
             return draft.plan(draft.status.phase)
         if failure is not None:
             draft.rests_on_absence = failure.reason == failures.LOST
@@ -305,13 +305,19 @@ def _failure(draft: Draft, spec: JobSpec) -> Failure | None:
     return cause
 
 
-def _may_be_secondary(draft: Draft, failure: Failure) -> bool:
-    """Whether to wait a moment for the worker that failed by itself: its status may still be on the way."""
+def _too_early(draft: Draft, spec: JobSpec, failure: Failure) -> bool:
+    """Whether to wait a moment before a failure is judged: for the worker that failed by itself, whose status may
+    still be on the way, or for agents that an operator which has just taken over has not heard yet."""
+    attempt, gang = current_attempt(draft.status), draft.gang()
+    assert attempt is not None
     age = (draft.now - failure.time).total_seconds() if failure.time else None
-    if not failure.follows or age is None or not 0 <= age < SETTLE_SECONDS:
+    wait = SETTLE_SECONDS if failure.follows and any(map(failures.is_running, gang)) else 0.0
+    if inplace.expected(attempt, gang, spec.nodes, draft.agents):
+        wait = inplace.HEARD_SECONDS
+    if age is None or not 0 <= age < wait:
         return False
-    draft.wake(SETTLE_SECONDS - age)
-    return any(map(failures.is_running, draft.gang()))
+    draft.wake(wait - age)
+    return True
 
 
 def _judge(draft: Draft, spec: JobSpec, failure: Failure) -> Verdict:

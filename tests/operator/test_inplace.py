@@ -7,7 +7,7 @@ from datetime import timedelta
 import pytest
 from operator_world import World, make_report, message
 
-from internlm_operator.inplace import READY_SECONDS
+from internlm_operator.inplace import HEARD_SECONDS, READY_SECONDS
 from internlm_operator.nodes import NodeHealth
 from internlm_operator.plan import Create, Delete
 
@@ -249,3 +249,22 @@ def test_an_operator_that_starts_anew_learns_of_the_agents_again() -> None:
     world.wait(READY_SECONDS + 10)
     world.settle()
     assert world.phase == "Running"
+
+
+@pytest.mark.parametrize("heard", [True, False])
+def test_an_operator_that_has_just_taken_over_hears_all_agents_before_it_judges(heard: bool) -> None:
+    world = started()
+    world.agents.clear()
+    world.agents_tell(1, 1, ended=(70, HUNG))
+    world.settle()
+    assert world.phase == "Running"
+    assert not touched(world)
+    world.wait(HEARD_SECONDS - 1)
+    if heard:
+        world.agents_tell(1, 0)
+    else:
+        world.settle()
+        assert world.phase == "Running"
+        world.wait(1)
+    world.settle()
+    assert world.status["lastFailure"]["action"] == ("InPlaceRestart" if heard else "GangRestart")

@@ -44,8 +44,10 @@ EXIT_HUNG = 70  # sysexits.h: internal software error
 LOOK_SECONDS = 0.5
 TELL_SECONDS = 5.0
 ASK_SECONDS = 1.0
-# How long ended processes wait for a new attempt before the pod ends, and with it the chance.
+# How long ended processes wait for a new attempt before the pod ends, and with it the chance: since the operator knows
+# of it, and in all, since while there is no operator nobody makes a new gang either.
 WAIT_SECONDS = 60.0
+OUTAGE_SECONDS = 600.0
 # Whose peer is gone cannot save; this is for its last words.
 CRASH_SECONDS = 5.0
 # Where all ranks of a pod wait for those of another, that one's agent shall say first what it sees.
@@ -74,6 +76,8 @@ class Link:
         """The newest attempt that the operator wants of this pod."""
         self.finished = False
         """Whether the job is over, or the operator knows of no agents: nothing is to be waited for."""
+        self.heard: float | None = None
+        """When the operator first answered what was told last."""
         url = os.environ.get("INTERNLM_REPORT_URL", "")
         self.url = f"{url.removesuffix('/report')}/agent" if url else ""
         self._state: dict[str, Any] = {"worker": node_rank, "gang": first_attempt, "attempt": first_attempt}
@@ -87,7 +91,7 @@ class Link:
         ended = {"exitCode": end.code, "message": end.message.decode()} if end else None
         with self._changed:
             self._state |= {"attempt": attempt, "ended": ended}
-            self._told = True
+            self._told, self.heard = True, None
             self._changed.notify()
 
     def _run(self) -> None:
@@ -101,6 +105,9 @@ class Link:
                     answer = post(self.url, state)
                     self.attempt = max(self.attempt, int(answer.get("attempt", 0)))
                     self.finished = bool(answer.get("finished"))
+                    with self._changed:
+                        if not self._told:
+                            self.heard = self.heard or time.monotonic()
                 except HTTPError as error:
                     self.finished = error.code in (404, 405)
 
@@ -139,10 +146,12 @@ class Agent:
         if end.final or self._stopping or not self._link.url:
             return None
         self._link.tell(attempt, end)
-        deadline = time.monotonic() + WAIT_SECONDS
+        deadline = time.monotonic() + OUTAGE_SECONDS
         while time.monotonic() < deadline and not self._stopping and not self._link.finished:
             if self._link.attempt > attempt:
                 return self._link.attempt
+            if heard := self._link.heard:
+                deadline = min(deadline, heard + WAIT_SECONDS)
             time.sleep(POLL_SECONDS)
         return None
 

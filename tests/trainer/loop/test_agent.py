@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from threading import Timer
 from typing import Any
 
 from trainer.loop.conftest import Channel
@@ -115,3 +118,25 @@ def test_each_fault_of_a_process_has_a_typed_reason_with_evidence_and_all_ranks_
         assert (message["reason"], message["rank"]) == (reason, 1), (fault, message)
         assert text in message["message"], fault
         assert evidence in message.get("evidence", ""), fault
+
+
+# Ends an attempt of an agent whose operator may say what follows; prints that.
+END = """
+from internlm_trainer import agent, ranks
+agent.WAIT_SECONDS = 0.2
+waiting = agent.Agent(ranks.Place(1, 0, 1, "localhost", 1), None)
+for attempt in 1, 2:
+    print(waiting._next(attempt, agent.End(70, b"{}")))
+"""
+
+
+def test_ended_processes_wait_for_an_operator_to_hear_of_it_and_from_then_on_for_an_order(
+    channel: Channel,
+) -> None:
+    channel.answer = 503
+    Timer(4.0, lambda: vars(channel).update(answer=200, attempt=2)).start()
+    environment = os.environ | channel.environment
+    done = subprocess.run(
+        [sys.executable, "-c", END], env=environment, capture_output=True, text=True, timeout=60
+    )
+    assert done.stdout.split() == ["2", "None"], done.stderr
