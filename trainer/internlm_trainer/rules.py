@@ -78,6 +78,12 @@ def _ramp_arrives(spec: TrainSpec, world_size: int) -> bool:
     )
 
 
+def _multiplied(spec: TrainSpec) -> list[int]:
+    model = spec.model
+    of_a_head = model.hidden_size // model.heads if model.hidden_size and model.heads else 0
+    return [row_tokens(spec), model.ffn_size or 0, of_a_head]
+
+
 def _divides(small: int, large: int) -> bool:
     return small > 0 and large % small == 0
 
@@ -173,6 +179,23 @@ TRAINING_RULES: tuple[Rule, ...] = (
             s.training.optimizer.state_type != "bf16"
             or (s.training.optimizer.betas[1] <= 0.99 and s.training.optimizer.beta2_exponent == 0)
         ),
+    ),
+    Rule(
+        "training.precision",
+        "fp8 multiplies blocks of 16 numbers: model.ffnSize, model.hiddenSize / model.heads and the tokens of a row "
+        "(microBatchSize x model.seqLen, or microBatchTokens) must be multiples of 16",
+        "self.training.precision != 'fp8' || "
+        f"({_CEL_ROW} % 16 == 0 && (!has(self.model.ffnSize) || self.model.ffnSize % 16 == 0) && "
+        "(!has(self.model.hiddenSize) || !has(self.model.heads) || "
+        "self.model.hiddenSize / self.model.heads % 16 == 0))",
+        lambda s, _: s.training.precision != "fp8" or not any(size % 16 for size in _multiplied(s)),
+    ),
+    Rule(
+        "training.precision",
+        "fp8 keeps copies of all weights on every GPU, which sharded parameters are to save: set "
+        "parallel.zero.parameters to 1",
+        f"self.training.precision != 'fp8' || {_cel_degree('parameters')} == 1",
+        lambda s, n: s.training.precision != "fp8" or s.parallel.zero.degrees(n)[0] == 1,
     ),
     Rule(
         "training.schedule.warmupSteps",

@@ -17,6 +17,7 @@ from internlm_trainer.assembly import assemble
 from internlm_trainer.callbacks.base import Callback, StepResult
 from internlm_trainer.callbacks.checkpointing import Checkpointing
 from internlm_trainer.callbacks.evaluation import Completions, Evaluation
+from internlm_trainer.callbacks.float8 import Float8Check
 from internlm_trainer.callbacks.garbage import Garbage
 from internlm_trainer.callbacks.profiling import Profiling
 from internlm_trainer.callbacks.progress import Progress
@@ -48,6 +49,7 @@ CALLBACKS: tuple[type[Callback], ...] = (
     Profiling,
     Progress,
     Evaluation,
+    Float8Check,
     Checkpointing,
     Completions,
     Garbage,
@@ -104,7 +106,7 @@ class Trainer:
 
         if spec.telemetry.memory_history:
             record_memory(world.device)
-        self.model, self.zero, self.optimizer, choice = assemble(spec, world)
+        self.model, self.zero, self.optimizer, choice, self.float8 = assemble(spec, world)
         fp16 = training.precision == "fp16"
         loss_scale = LossScale(training.loss_scale, self.micro_batches(0), world.device) if fp16 else None
         self.guard = SkipGuard(training.skip, world.device, loss_scale)
@@ -244,6 +246,7 @@ class Trainer:
             "tokens": self.tokens,
             "loader": self.loader.state_dict(),
             "guard": self.guard.state_dict(),
+            "float8": self.float8.on if self.float8 else None,
             # For those who export it:
             "tokenizer": self.spec.data.tokenizer,
             "seqLen": self.spec.model.seq_len,
@@ -264,6 +267,8 @@ class Trainer:
         self.saver.restore(checkpoint, self.pieces())
         if guard := checkpoint.state.get("guard"):
             self.guard.load_state_dict(guard)
+        if self.float8:
+            self.float8.on = checkpoint.state.get("float8") is not False
         self.optimizer.set_step(self.step, self.guard.read().skipped)
         if name := self.optimizer.bad_parameter():
             raise BadCheckpoint(checkpoint.name, f"{name} holds numbers that are infinite or none")

@@ -14,3 +14,8 @@ DEVICES = [
     pytest.param(torch.device("cpu"), id="interpreted", marks=INTERPRETED),
     pytest.param(torch.device("cuda"), id="compiled", marks=COMPILED),
 ]
+REPLACED = [
+    pytest.param(torch.device("cpu"), id="cpu"),
+    pytest.param(torch.device("cuda"), id="compiled", marks=COMPILED),
+]
+"""For kernels that have PyTorch's operations in their place on CPUs: they belong to paths that run there, too."""

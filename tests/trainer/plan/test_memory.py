@@ -18,9 +18,11 @@ from internlm_trainer.assembly import DTYPES
 from internlm_trainer.config import LOSS_CHUNK, ModelShape, TrainSpec
 from internlm_trainer.kernels import attention
 from internlm_trainer.kernels.attention import Documents
-from internlm_trainer.model.internlm import InternLM, decays, hidden_matrices, initialise
+from internlm_trainer.kernels.products import PLAIN
+from internlm_trainer.model.internlm import Block, InternLM, decays, hidden_matrices, initialise
 from internlm_trainer.optim.optimizer import MasterOptimizer
 from internlm_trainer.parallel.compile import apply_compile
+from internlm_trainer.parallel.float8 import Float8
 from internlm_trainer.parallel.hybrid_zero import HybridZero
 from internlm_trainer.parallel.layout import ZeroLayout
 from internlm_trainer.parallel.recompute import apply_recompute
@@ -85,7 +87,8 @@ def train_step(spec: TrainSpec, lengths: tuple[int, ...], device: torch.device) 
     shape, cpu = config.model_shape(spec.model), device
     dtype = DTYPES[spec.training.precision]
     with torch.device("meta"):
-        model = InternLM(shape, attention.choose(device, dtype).attention)
+        float8 = Float8() if spec.training.precision == "fp8" else None
+        model = InternLM(shape, attention.choose(device, dtype).attention, float8 or PLAIN)
     zero = HybridZero(
         model,
         [model.embedding, *model.blocks, model.norm, model.head],
@@ -96,6 +99,10 @@ def train_step(spec: TrainSpec, lengths: tuple[int, ...], device: torch.device) 
         initialise=lambda name, values: initialise(name, values, shape.layers, torch.Generator(device)),
         decays=decays,
     )
+    if float8:
+        for block in model.blocks:
+            assert isinstance(block, Block)
+            float8.attach(block, block.multiplied, lambda: zero.updates)
     apply_recompute(model.blocks, shape, spec.parallel.recompute)
     apply_compile(model.blocks, spec.parallel.compile, device, config.row_tokens(spec))
     optimizer = MasterOptimizer(zero, spec.training.optimizer, rows=lambda name: hidden_matrices(name, shape))
@@ -162,6 +169,8 @@ def test_the_worst_moment_of_a_step_is_within_5_percent(
         (32000, LOSS_CHUNK, "bf16"),
         (32000, 2 * LOSS_CHUNK, "bf16"),
         (32000, 4096, "fp16"),
+        (1024, 4096, "fp8"),
+        (32000, 2 * LOSS_CHUNK, "fp8"),
     ],
 )
 def test_the_worst_moment_on_a_gpu_is_within_5_percent(

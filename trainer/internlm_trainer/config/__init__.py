@@ -25,6 +25,7 @@ from internlm_trainer.config.parallel import ParallelSpec, ZeroSpec
 from internlm_trainer.config.telemetry import METRICS_PORT, TelemetrySpec
 from internlm_trainer.config.training import (
     BatchRampUpSpec,
+    Float8Spec,
     LossScaleSpec,
     OptimizerSpec,
     ScheduleSpec,
@@ -40,6 +41,7 @@ __all__ = [
     "CheckpointSpec",
     "DataSpec",
     "EvaluationSpec",
+    "Float8Spec",
     "InitSpec",
     "LossScaleSpec",
     "ModelShape",

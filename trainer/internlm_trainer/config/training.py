@@ -71,6 +71,18 @@ class LossScaleSpec(Spec):
     """Steps without an overflow after which the scale is doubled."""
 
 
+class Float8Spec(Spec):
+    """How training in fp8 is watched. Every so often part of a row is computed in bf16 as well, and if the two differ
+    by more than they may, training goes on in bf16."""
+
+    check_every_steps: Annotated[int, Field(ge=0, le=2**31 - 1)] = 250
+    """Steps between two comparisons; 0: never."""
+    max_loss_difference: Annotated[float, Field(gt=0, le=1)] = 0.01
+    """Largest difference of the loss, as a share of bf16's."""
+    min_gradient_cosine: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    """Smallest cosine between the gradients of all norms' weights, which every product of the backward reaches."""
+
+
 class BatchRampUpSpec(Spec):
     """A global batch that starts small and grows in equal increments to globalBatchTokens."""
 
@@ -99,8 +111,11 @@ class TrainingSpec(Spec):
     seqLen."""
     batch_ramp_up: BatchRampUpSpec | None = None
     """Smaller batches at the beginning."""
-    precision: Literal["bf16", "fp16", "fp32"] = "bf16"
-    """Type of parameters and activations; fp16 is for cards without bf16. Master weights are fp32 always."""
+    precision: Literal["bf16", "fp8", "fp16", "fp32"] = "bf16"
+    """Type of parameters and activations; fp16 is for cards without bf16. Master weights are fp32 always. fp8: bf16,
+    but for the matrix products of the blocks, whose factors are rounded to 8 bits (L40S, H100 and later)."""
+    fp8: Float8Spec = Float8Spec()
+    """How training in fp8 is watched."""
     loss_scale: LossScaleSpec = LossScaleSpec()
     """Loss scaling in fp16."""
     optimizer: OptimizerSpec = OptimizerSpec()

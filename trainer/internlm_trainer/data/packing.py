@@ -42,6 +42,19 @@ class Row(NamedTuple):
         """Tokens that carry loss."""
         return int((self.labels != IGNORED).sum())
 
+    def head(self, tokens: int) -> Row:
+        """Its first tokens, as a row of its own."""
+        inside = np.minimum(self.cu_seqlens, tokens)
+        bounds = inside[: int((self.cu_seqlens < tokens).sum()) + 1]
+        return Row(
+            self.tokens[:tokens],
+            self.labels[:tokens],
+            bounds,
+            self.positions[:tokens],
+            int((bounds[1:] - bounds[:-1]).max()),
+            self.source,
+        )
+
 
 class Part(NamedTuple):
     """Tokens [start, stop) of the sample at `place` in the shuffled order."""

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from internlm_trainer.config import LOSS_CHUNK, ModelShape
 from internlm_trainer.kernels.attention import Attention, Documents, sdpa
+from internlm_trainer.kernels.products import PLAIN, Products
 
 
 class RMSNorm(nn.Module):
@@ -49,7 +50,7 @@ class Mixer(nn.Module):
     def __init__(self, shape: ModelShape) -> None:
         super().__init__()
         self.head_dim = shape.hidden_size // shape.heads
-        self.heads = (shape.heads, shape.kv_heads, shape.kv_heads)
+        self.heads = [shape.heads, shape.kv_heads, shape.kv_heads]
         width = self.head_dim * sum(self.heads)
         self.Wqkv = nn.Linear(shape.hidden_size, width, bias=shape.attention_bias)
         self.out_proj = nn.Linear(shape.hidden_size, shape.hidden_size, bias=shape.attention_bias)
@@ -58,15 +59,15 @@ class Mixer(nn.Module):
 class SwiGLU(nn.Module):
     """Shazeer, arXiv:2002.05202: `w3(silu(w1 x) * w2 x)`."""
 
-    def __init__(self, shape: ModelShape) -> None:
+    def __init__(self, shape: ModelShape, products: Products) -> None:
         super().__init__()
+        self.products = products
         self.w1 = nn.Linear(shape.hidden_size, shape.ffn_size, bias=False)
         self.w2 = nn.Linear(shape.hidden_size, shape.ffn_size, bias=False)
         self.w3 = nn.Linear(shape.ffn_size, shape.hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.w3(F.silu(self.w1(x)) * self.w2(x))
-        return out
+        return self.products.swiglu(x, self.w1, self.w2, self.w3)
 
 
 class Block(nn.Module):
@@ -76,27 +77,34 @@ class Block(nn.Module):
     each can be compiled or recomputed as a whole (`internlm_trainer.parallel` does it from outside).
     """
 
-    def __init__(self, shape: ModelShape, attention: Attention) -> None:
+    def __init__(self, shape: ModelShape, attention: Attention, products: Products) -> None:
         super().__init__()
         self.norm1 = RMSNorm(shape.hidden_size, shape.norm_eps)
         self.mixer = Mixer(shape)
         self.norm2 = RMSNorm(shape.hidden_size, shape.norm_eps)
-        self.mlp = SwiGLU(shape)
-        self.attention = attention
+        self.mlp = SwiGLU(shape, products)
+        self.attention, self.products = attention, products
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, documents: Documents) -> Tensor:
         q, k, v = self.before_attention(x, cos, sin)
         return self.after_attention(x, self.attention(q, k, v, documents))
 
+    @property
+    def multiplied(self) -> list[tuple[nn.Linear, ...]]:
+        """The layers, those together that multiply the same numbers."""
+        mixer, mlp = self.mixer, self.mlp
+        return [(mixer.Wqkv,), (mixer.out_proj,), (mlp.w1, mlp.w2), (mlp.w3,)]
+
     def before_attention(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys (both rotated) and values `[tokens, heads or kv_heads, head_dim]`."""
         mixer = self.mixer
-        q, k, v = mixer.Wqkv(self.norm1(x)).unflatten(-1, (-1, mixer.head_dim)).split(mixer.heads, dim=1)
+        qkv = self.products.linear(self.norm1(x), mixer.Wqkv)
+        q, k, v = torch.split(qkv.view(len(x), -1, mixer.head_dim), mixer.heads, dim=1)
         return rotate(q, cos, sin), rotate(k, cos, sin), v
 
     def after_attention(self, x: Tensor, attended: Tensor) -> Tensor:
         """The residual stream with what attention found, and what the feed-forward makes of it."""
-        x = x + self.mixer.out_proj(attended.flatten(1))
+        x = x + self.products.linear(attended.flatten(1), self.mixer.out_proj)
         out: Tensor = x + self.mlp(self.norm2(x))
         return out
 
@@ -121,11 +129,11 @@ class Head(nn.Linear):
 class InternLM(nn.Module):
     """Maps a packed row of tokens to the logits of the next ones."""
 
-    def __init__(self, shape: ModelShape, attention: Attention = sdpa) -> None:
+    def __init__(self, shape: ModelShape, attention: Attention = sdpa, products: Products = PLAIN) -> None:
         super().__init__()
         self.shape = shape
         self.embedding = nn.Embedding(shape.vocab_size, shape.hidden_size)
-        self.blocks = nn.ModuleList(Block(shape, attention) for _ in range(shape.layers))
+        self.blocks = nn.ModuleList(Block(shape, attention, products) for _ in range(shape.layers))
         self.norm = RMSNorm(shape.hidden_size, shape.norm_eps)
         self.head = Head(shape.hidden_size, shape.vocab_size, bias=False)
 

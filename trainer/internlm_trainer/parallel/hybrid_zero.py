@@ -18,7 +18,8 @@ Rajbhandari et al., ZeRO, arXiv:1910.02054; the three degrees follow Chen et al.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -56,8 +57,9 @@ class HybridZero:
     ) -> None:
         self.layout, self.device = layout, device
         self.factor: Tensor | None = None
+        self.updates = 0
         self.mesh, streams = Mesh(layout, device), Streams(device)
-        self.last_micro_batch = True
+        self.last_micro_batch, self.watching = True, False
         self.reducing: deque[Bucket] = deque()
         self.buckets: list[Bucket] = []
         names = {parameter: name for name, parameter in model.named_parameters()}
@@ -106,7 +108,7 @@ class HybridZero:
                 ahead.gather()
 
         def after_forward(_module: nn.Module, _inputs: object, output: Tensor) -> None:
-            if bucket.missing:
+            if bucket.missing or self.watching:
                 return
             if ahead or not output.requires_grad:  # the last unit's backward is next
                 bucket.free()
@@ -140,6 +142,16 @@ class HybridZero:
                 self.reducing.append(bucket)
 
         return hook
+
+    @contextmanager
+    def looked_at(self) -> Iterator[None]:
+        """For gradients that are no part of training, by `torch.autograd.grad`, where parameters are whole."""
+        assert self.layout.parameters == 1
+        self.watching = True
+        try:
+            yield
+        finally:
+            self.watching = False
 
     def micro_batch(self, *, last: bool) -> None:
         """Announce a backward; the `last` one of a step reduces the accumulated gradients."""
@@ -187,6 +199,7 @@ class HybridZero:
 
     def publish(self, *, rounded: bool = False) -> None:
         """After an update of the master weights: round them, unless it did, and gather them where they are used."""
+        self.updates += 1
         for bucket in self.buckets:
             bucket.publish(rounded=rounded)
 

@@ -20,7 +20,12 @@ from internlm_trainer.config.parallel import recomputed_blocks
 
 # A block's methods whose shapes depend on nothing but the row's length; attention lies between them.
 REGIONS = ("before_attention", "after_attention")
-MATRIX_PRODUCTS = (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
+# And which of an operation's inputs is the weight, transposed.
+MATRIX_PRODUCTS = {
+    torch.ops.aten.mm.default: 1,
+    torch.ops.aten.addmm.default: 2,
+    torch.ops.aten._scaled_mm.default: 1,
+}
 
 
 def apply_recompute(blocks: Iterable[nn.Module], shape: ModelShape, recompute: str) -> None:
@@ -47,6 +52,7 @@ def _policy(last: tuple[int, int], _context: Any, operation: Any, *inputs: Any, 
 
     last: shape of its weight, transposed; no other weight has it, unless both sizes are equal.
     """
-    if operation in MATRIX_PRODUCTS and (inputs[-1].shape != last or last[0] == last[1]):
+    weight = MATRIX_PRODUCTS.get(operation)
+    if weight is not None and (inputs[weight].shape != last or last[0] == last[1]):
         return CheckpointPolicy.MUST_SAVE
     return CheckpointPolicy.PREFER_RECOMPUTE

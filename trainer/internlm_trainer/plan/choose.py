@@ -91,6 +91,8 @@ def make_plan(
     ordered = sorted(settings, key=_computed_again)
     options = []
     for degrees in legal_degrees(world_size):
+        if work.copies and degrees[0] > 1:
+            continue  # a rule of the job's
         layout = ZeroLayout(world_size, *degrees, ranks_per_node)
         sent, enough = traffic(work, layout), False
         for setting in ordered:

@@ -17,7 +17,7 @@ from internlm_trainer.parallel.layout import GradientBuffers, ZeroLayout, gradie
 from internlm_trainer.plan.units import Unit, Units, model_units, qkv_width
 
 FP32 = 4
-TYPE_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
+TYPE_BYTES = {"bf16": 2, "fp8": 2, "fp16": 2, "fp32": 4}
 MARGIN = 0.1
 """Share of a GPU's memory to leave free: about 1 GiB of CUDA context and NCCL buffers, and fragmentation."""
 
@@ -73,6 +73,8 @@ class Work(NamedTuple):
     sent: int
     """Bytes of a gradient's number on its way into the reduction."""
     gpu: bool
+    copies: int
+    """Bytes of a weight's float8 copies in the blocks' matrices."""
     chunked: bool
     """Some tokens' logits at a time are made, and their gradients with them (kernels.head_loss)."""
 
@@ -93,7 +95,8 @@ class Work(NamedTuple):
             state_width=TYPE_BYTES[spec.training.optimizer.state_type],
             sent=2 if zero.reduce_precision == "bf16" and world_size > 1 else FP32,
             gpu=gpu,
-            chunked=gpu and spec.training.precision == "bf16",
+            copies=2 if spec.training.precision == "fp8" else 0,
+            chunked=gpu and spec.training.precision in ("bf16", "fp8"),
         )
 
     def gradient_buffers(self, layout: ZeroLayout, unit: Unit) -> GradientBuffers:
@@ -147,7 +150,8 @@ def memory(work: Work, layout: ZeroLayout, recompute: str) -> Memory:
             0,
             gathered(units.block, units.block)
             + arriving(units.block, *previous)
-            + width * shape.ffn_size * shape.hidden_size,
+            # The gradient of a matrix, in float8 of the two that are multiplied together.
+            + width * shape.ffn_size * shape.hidden_size * (2 if work.copies else 1),
         ),
         "embedding": (
             tokens * width * shape.hidden_size,
@@ -171,6 +175,8 @@ def states(work: Work, layout: ZeroLayout) -> States:
         elements += unit.copies * shard
         parameters += unit.copies * unit.padded(layout.optimizer) // layout.parameters * work.width
         accumulated += unit.copies * work.gradient_buffers(layout, unit).accumulated * FP32
+        if unit.name == "block":
+            parameters += unit.copies * (unit.parameters - unit.other) * work.copies
         optimizer += unit.copies * (shard * FP32 + _moments(work, layout, unit) * work.state_width)
     reduced = elements * FP32
     if work.zero.offload == "none":
@@ -237,7 +243,7 @@ class Activations(NamedTuple):
     attention: int
     """q, k and v, rotated and not, what attention gave, and its log-sum-exp."""
     norms: int
-    """The inputs and outputs of both norms, but for the block's input."""
+    """The inputs and outputs of both norms, but for the block's input; in fp8, the outputs as they are multiplied."""
     feed_forward: int
     """All that the SwiGLU keeps."""
     products: int
@@ -256,7 +262,9 @@ class Activations(NamedTuple):
         """
         width, setting = TYPE_BYTES[spec.training.precision], spec.parallel.compile
         compiled = setting == "blocks" or (gpu and setting == "auto")
+        float8 = spec.training.precision == "fp8"
         stream, ffn = shape.hidden_size * width, shape.ffn_size * width
+        factor = shape.hidden_size if float8 else stream
         head_dim = shape.hidden_size // shape.heads
         rotated = head_dim * (shape.heads + shape.kv_heads) * width
         apart = stream if not gpu and spec.data.packing == "documents" else 0
@@ -265,15 +273,16 @@ class Activations(NamedTuple):
         in_block = 0 if compiled else norm
         return cls(
             stream=stream,
-            attention=attention,
-            norms=3 * stream + 2 * in_block,
-            feed_forward=(3 if compiled else 4) * ffn,
+            attention=attention + (factor if float8 else 0),
+            norms=stream + 2 * factor + 2 * in_block,
+            feed_forward=2 * ffn + shape.ffn_size if float8 else (3 if compiled else 4) * ffn,
             products=2 * ffn,
             rest=2 * stream
             + norm
             + 2 * 8
             + 2 * (head_dim // 2) * FP32,  # tokens and labels, int64; cos and sin
-            gradients=2 * ffn + 2 * stream,  # SwiGLU's product has gone for its gradient
+            # SwiGLU's product has gone for its gradient; in float8, its gradients are there thrice.
+            gradients=(4 if float8 else 2) * ffn + 2 * stream,
         )
 
     def block(self, recompute: str) -> int:

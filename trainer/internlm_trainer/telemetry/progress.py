@@ -149,6 +149,16 @@ class Telemetry:
         self._sinks.write(step, values)
         log.info("validation loss %.4f", loss, extra={"fields": _rounded({"step": step, **values})})
 
+    def compared_float8(self, step: int, values: Values) -> None:
+        """Training in float8 was compared with bf16."""
+        self._sinks.write(step, values)
+        log.info(
+            "fp8 beside bf16: loss %+.3f%%, cosine of the gradients %.4f",
+            100 * values["fp8_loss_difference"],
+            values["fp8_gradient_cosine"],
+            extra={"fields": _rounded({"step": step, **values})},
+        )
+
     def saved(
         self, committed: CommittedCheckpoint, seconds: float | None = None, stall: float | None = None
     ) -> None:
@@ -227,6 +237,7 @@ class Silence:
     def measured(self, values: Values) -> None: ...
     def skipped(self, total: int, last: int) -> None: ...
     def validated(self, step: int, values: Values) -> None: ...
+    def compared_float8(self, step: int, values: Values) -> None: ...
     def saved(
         self, committed: CommittedCheckpoint, seconds: float | None = None, stall: float | None = None
     ) -> None: ...
