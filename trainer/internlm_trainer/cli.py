@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from internlm_trainer.commands import chat, checkpoint, convert, data, evaluate, job, plan, weights
+from internlm_trainer.commands import bench, chat, checkpoint, convert, data, evaluate, job, plan, weights
 
 app = typer.Typer(
     help="Train InternLM-family language models: the same job.yaml runs here and on Kubernetes.",
@@ -17,6 +17,7 @@ for command in (
     job.run,
     job.env,
     plan.plan,
+    bench.bench,
     data.tokenize,
     convert.convert_config,
     weights.export,

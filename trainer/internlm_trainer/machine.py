@@ -52,7 +52,7 @@ def find() -> list[Finding]:
         ("tensorboard", "telemetry.tensorboard"),
         ("wandb", "telemetry.wandb"),
     ):
-        found = _version(package)
+        found = version_of(package)
         findings.append(
             Finding(package, found or "not installed", use if found else f"not used; it serves {use}")
         )
@@ -85,7 +85,8 @@ def card(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else ""
 
 
-def _version(package: str) -> str | None:
+def version_of(package: str) -> str | None:
+    """Of an installed distribution; None where there is none of this name."""
     try:
         return version(package)
     except PackageNotFoundError:
