@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import subprocess
@@ -190,6 +191,7 @@ def test_the_worst_moment_on_a_gpu_is_within_5_percent(
         parallel={"zero": {"optimizer": 1}, "recompute": recompute, "compile": compile_},
     )
     step = train_step(spec, (tokens // 2, tokens // 2 - 6, 6), device)
+    gc.collect()  # hooks and models of other tests refer to each other
     before = torch.cuda.memory_allocated()
     next(step)
     torch.cuda.reset_peak_memory_stats()

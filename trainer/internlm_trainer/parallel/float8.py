@@ -31,21 +31,27 @@ def check_device(device: torch.device) -> None:
 
 
 class Float8(Products):
-    """Products in float8 while `on`, of blocks that `attach` has seen."""
+    """Products in float8 while `on`, of blocks that `attach` has seen.
+
+    Without gradients they are plain: a validation tells how good the weights are for those who use them.
+    """
 
     def __init__(self) -> None:
         self.on = True
         """Whether it is used; else the blocks multiply in bf16."""
 
     def linear(self, x: Tensor, layer: nn.Linear) -> Tensor:
-        if not self.on:
+        if not self._learns():
             return super().linear(x, layer)
         return float8.linear(x, _rounded(layer), layer)
 
     def swiglu(self, x: Tensor, w1: nn.Linear, w2: nn.Linear, w3: nn.Linear) -> Tensor:
-        if not self.on:
+        if not self._learns():
             return super().swiglu(x, w1, w2, w3)
         return float8.feed_forward(x, _rounded(w1), _rounded(w3), w1, w2, w3)
+
+    def _learns(self) -> bool:
+        return self.on and torch.is_grad_enabled()
 
     def attach(
         self, block: nn.Module, multiplied: Iterable[tuple[nn.Linear, ...]], updates: Callable[[], int]
