@@ -128,8 +128,8 @@ BAD = {
     "a number out of bounds": (edited(nodes=0), "spec.nodes: Invalid value: 0: "),
     "a bound that itself is refused": (edited(training__optimizer__lr=0), "spec.training.optimizer.lr: "),
     "a word that is none of the options": (
-        edited(training__precision="fp8"),
-        'spec.training.precision: Unsupported value: "fp8": supported values: "bf16", "fp16", "fp32"',
+        edited(training__precision="fp9"),
+        'spec.training.precision: Unsupported value: "fp9": supported values: "bf16", "fp8", "fp16", "fp32"',
     ),
     "a unit that does not exist": (edited(training__globalBatchTokens="4Qi"), QUANTITY),
     "a unit of bytes": (edited(training__globalBatchTokens="4KiB"), QUANTITY),

@@ -65,8 +65,10 @@ def manifest(base: dict[str, Any], settings: list[str], folder: Path) -> dict[st
             )
         *parents, last = path.split(".")
         place = spec
-        for parent in parents:
+        for depth, parent in enumerate(parents, 1):
             place = place.setdefault(parent, {})
+            if not isinstance(place, dict):
+                raise UserError(f"{path}: spec.{'.'.join(parents[:depth])} is no group of fields")
         place[last] = yaml.safe_load(value)
     kind = {"apiVersion": "training.internlm.io/v1alpha1", "kind": "InternLMJob"}
     return kind | {"metadata": {"name": "bench"}, "spec": spec}
@@ -192,11 +194,14 @@ def _lines(file: Path) -> Iterator[Values]:
         process.stdout.close()
 
 
-def bandwidth(processes: int) -> dict[str, float]:
-    """Bus bandwidth of the collectives between so many processes, in bytes a second."""
+def bandwidth(processes: int, folder: Path) -> dict[str, float]:
+    """Bus bandwidth of the collectives between so many processes, in bytes a second.
+
+    folder: where torchrun may write.  Raises FailedError.
+    """
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     done = subprocess.run(
-        [*command, "-m", "internlm_trainer.bandwidth"],
+        [*command, f"--log-dir={folder}", "-m", "internlm_trainer.bandwidth"],
         capture_output=True,
         text=True,
         env=os.environ | {"OMP_NUM_THREADS": "1"},

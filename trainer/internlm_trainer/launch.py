@@ -63,6 +63,7 @@ def run(manifest: dict[str, Any], processes: int) -> int:
             "torch.distributed.run",
             "--standalone",
             f"--nproc-per-node={processes}",
+            f"--log-dir={folder}",  # torchrun leaves a folder of its own behind
         ]
         command += ["-m", "internlm_trainer.worker"]
         agent: subprocess.Popen[str] | None = None

@@ -66,7 +66,7 @@ def bench(
                 found = benchmark.measure(job, folder, steps, seconds, heard)
                 if (processes := found["processes"]) > 1:
                     status.update("bandwidth between processes")
-                    found["bandwidth"] = benchmark.bandwidth(processes)
+                    found["bandwidth"] = benchmark.bandwidth(processes, folder)
             except benchmark.FailedError as error:
                 typer.echo(f"{error}\nerror: the job that was to be measured failed, see above", err=True)
                 raise typer.Exit(EXIT_FAILED) from None

@@ -81,7 +81,7 @@ def export_llama(
         for name, data in tokenizer_files(tokenizer, context):
             folder.bytes(name, data)
         special = {"bos_token_id": tokenizer.bos, "eos_token_id": tokenizer.eos, "pad_token_id": None}
-    folder.json("generation_config.json", generation_config(tokenizer))
+    folder.json("generation_config.json", generation_config(tokenizer, context))
     folder.json(CONFIG, config_of(weights.shape, type.name, context, special))
     return folder.written
 

@@ -146,8 +146,8 @@ def chat_template(tokenizer: Tokenizer) -> str | None:
     return _CHATML if tokenizer.id_of("<|im_start|>") and tokenizer.id_of("<|im_end|>") else None
 
 
-def generation_config(tokenizer: Tokenizer | None) -> dict[str, Any]:
-    """How InternLM's own chat samples, and what ends an answer."""
+def generation_config(tokenizer: Tokenizer | None, context: int) -> dict[str, Any]:
+    """How InternLM's own chat samples, and what ends an answer: any limit that a caller gives goes before this one."""
     bos, stops = (tokenizer.bos, [tokenizer.eos]) if tokenizer else (1, [2])
     pad = stops[0]
     for piece in ("<eoa>", "<|im_end|>"):
@@ -160,7 +160,7 @@ def generation_config(tokenizer: Tokenizer | None) -> dict[str, Any]:
         "do_sample": True,
         "temperature": 0.8,
         "top_p": 0.8,
-        "max_new_tokens": 1024,
+        "max_length": context,
     }
 
 
