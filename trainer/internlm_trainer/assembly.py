@@ -9,6 +9,7 @@ from torch import Tensor
 
 from internlm_trainer import config
 from internlm_trainer.config import TrainSpec
+from internlm_trainer.errors import UserError
 from internlm_trainer.kernels import attention
 from internlm_trainer.kernels.products import PLAIN
 from internlm_trainer.model.internlm import (
@@ -77,7 +78,14 @@ def assemble(spec: TrainSpec, world: Processes) -> Assembly:
 
 
 def _float8(world: Processes) -> Float8:
-    from internlm_trainer.parallel.float8 import Float8, check_device  # needs Triton
+    def make() -> Float8:
+        try:
+            from internlm_trainer.parallel.float8 import Float8, check_device
+        except ModuleNotFoundError:
+            raise UserError(
+                "training.precision: fp8 needs Triton, which is not installed: install it, or use bf16"
+            ) from None
+        check_device(world.device)
+        return Float8()
 
-    world.together(lambda: check_device(world.device))
-    return Float8()
+    return world.together(make)

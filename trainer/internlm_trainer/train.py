@@ -246,7 +246,7 @@ class Trainer:
             "tokens": self.tokens,
             "loader": self.loader.state_dict(),
             "guard": self.guard.state_dict(),
-            "float8": self.float8.on if self.float8 else None,
+            "float8": self.float8.state_dict() if self.float8 else None,
             # For those who export it:
             "tokenizer": self.spec.data.tokenizer,
             "seqLen": self.spec.model.seq_len,
@@ -267,8 +267,8 @@ class Trainer:
         self.saver.restore(checkpoint, self.pieces())
         if guard := checkpoint.state.get("guard"):
             self.guard.load_state_dict(guard)
-        if self.float8:
-            self.float8.on = checkpoint.state.get("float8") is not False
+        if self.float8 and (float8 := checkpoint.state.get("float8")):
+            self.float8.load_state_dict(float8)
         self.optimizer.set_step(self.step, self.guard.read().skipped)
         if name := self.optimizer.bad_parameter():
             raise BadCheckpoint(checkpoint.name, f"{name} holds numbers that are infinite or none")

@@ -23,7 +23,6 @@ from internlm_trainer.kernels.products import PLAIN
 from internlm_trainer.model.internlm import Block, InternLM, decays, hidden_matrices, initialise
 from internlm_trainer.optim.optimizer import MasterOptimizer
 from internlm_trainer.parallel.compile import apply_compile
-from internlm_trainer.parallel.float8 import Float8
 from internlm_trainer.parallel.hybrid_zero import HybridZero
 from internlm_trainer.parallel.layout import ZeroLayout
 from internlm_trainer.parallel.recompute import apply_recompute
@@ -87,8 +86,12 @@ def train_step(spec: TrainSpec, lengths: tuple[int, ...], device: torch.device) 
     """The trainer's step on one process, over and over; the parts are made in the first."""
     shape, cpu = config.model_shape(spec.model), device
     dtype = DTYPES[spec.training.precision]
+    float8 = None
+    if spec.training.precision == "fp8":
+        from internlm_trainer.parallel.float8 import Float8  # needs Triton
+
+        float8 = Float8()
     with torch.device("meta"):
-        float8 = Float8() if spec.training.precision == "fp8" else None
         model = InternLM(shape, attention.choose(device, dtype).attention, float8 or PLAIN)
     zero = HybridZero(
         model,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from typing import NamedTuple
 
 import torch
@@ -17,6 +18,8 @@ log = logging.getLogger(__name__)
 
 TOKENS = 2048
 """Of a row that are computed twice, at most: few, so that they fit beside everything else."""
+PATIENCE = 2
+"""Comparisons in a row that must be too far apart: the few tokens of one may be a poor sample."""
 
 
 class Comparison(NamedTuple):
@@ -37,7 +40,7 @@ class Comparison(NamedTuple):
 
 class Float8Check(Callback):
     """Computes the beginning of a row in float8 and in bf16, every `checkEverySteps` steps, and switches float8 off
-    for good where they are too far apart."""
+    for good where they were too far apart twice in a row."""
 
     section = "float8_check"
 
@@ -47,26 +50,31 @@ class Float8Check(Callback):
         if not float8 or not float8.on or not every or result.step % every or result.last:
             return
         found = self.compare(result.rows[0])
+        if found is None:
+            return
         values = {"fp8_loss_difference": found.loss_difference, "fp8_gradient_cosine": found.gradient_cosine}
         self.trainer.telemetry.compared_float8(result.step, values)
-        if not found.within(spec):
-            float8.on = False
+        float8.apart = 0 if found.within(spec) else float8.apart + 1
+        if float8.apart:
+            float8.on = float8.apart < PATIENCE
             log.warning(
-                "step %d: fp8 is off from here on, training goes on in bf16: the loss differs by %.2g of bf16's (%g "
-                "allowed), the gradients' cosine is %.4f (%g at least)",
+                "step %d: fp8 is %s: the loss differs by %.2g of bf16's (%g allowed), the gradients' cosine is %.4f "
+                "(%g at least)",
                 result.step,
+                "far from bf16" if float8.on else "off from here on, training goes on in bf16",
                 found.loss_difference,
                 spec.max_loss_difference,
                 found.gradient_cosine,
                 spec.min_gradient_cosine,
             )
 
-    def compare(self, row: Row) -> Comparison:
-        """Every rank compares a row of its own, and all find the same."""
+    def compare(self, row: Row) -> Comparison | None:
+        """Every rank compares a row of its own, and all find the same; None where bf16 has nothing to compare with:
+        no label in these tokens, or no finite loss."""
         float8 = self.trainer.float8
         assert float8
         # Shorter than a row: rows of other lengths run as the operations are written, so nothing is compiled for it.
-        part = row.head(min(TOKENS, len(row.tokens) // 2) // 16 * 16)
+        part = row.head(min(TOKENS, max(16, len(row.tokens) // 2)) // 16 * 16)
         loss, gradient = self._run(part)
         float8.on = False
         try:
@@ -76,7 +84,9 @@ class Float8Check(Callback):
         sums = torch.stack((loss, exact, gradient @ reference, gradient @ gradient, reference @ reference))
         dist.all_reduce(sums)
         lossy, lossless, dot, square, other = sums.tolist()
-        return Comparison(lossy / lossless - 1 if lossless else 0.0, dot / max(square * other, 1e-60) ** 0.5)
+        if not lossless * other or not math.isfinite(lossless + other):
+            return None
+        return Comparison(lossy / lossless - 1, dot / max(square * other, 1e-60) ** 0.5)
 
     def _run(self, row: Row) -> tuple[Tensor, Tensor]:
         """The sum of losses and the gradient of all norms' weights, fp64 on the device."""

@@ -72,8 +72,8 @@ class LossScaleSpec(Spec):
 
 
 class Float8Spec(Spec):
-    """How training in fp8 is watched. Every so often part of a row is computed in bf16 as well, and if the two differ
-    by more than they may, training goes on in bf16."""
+    """How training in fp8 is watched. Every so often part of a row is computed in bf16 as well, and where the two
+    differ by more than they may twice in a row, training goes on in bf16."""
 
     check_every_steps: Annotated[int, Field(ge=0, le=2**31 - 1)] = 250
     """Steps between two comparisons; 0: never."""

@@ -39,6 +39,8 @@ class Float8(Products):
     def __init__(self) -> None:
         self.on = True
         """Whether it is used; else the blocks multiply in bf16."""
+        self.apart = 0
+        """Comparisons with bf16 in a row that were too far apart."""
 
     def linear(self, x: Tensor, layer: nn.Linear) -> Tensor:
         if not self._learns():
@@ -52,6 +54,13 @@ class Float8(Products):
 
     def _learns(self) -> bool:
         return self.on and torch.is_grad_enabled()
+
+    def state_dict(self) -> dict[str, Any]:
+        """As JSON."""
+        return {"on": self.on, "apart": self.apart}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.on, self.apart = state["on"], state["apart"]
 
     def attach(
         self, block: nn.Module, multiplied: Iterable[tuple[nn.Linear, ...]], updates: Callable[[], int]
