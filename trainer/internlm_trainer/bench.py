@@ -12,7 +12,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import numpy as np
@@ -26,6 +25,10 @@ from internlm_trainer.errors import UserError
 from internlm_trainer.plan.choose import make_plan
 
 LOG_EVERY = 4
+MICRO_BATCHES = 8
+"""Of a step, at most: larger steps take their time and tell no more."""
+DATA_TOKENS = 2**22
+"""More are not written, but read again."""
 SECTIONS = ("data", "fwd_bwd", "reduce", "optimizer")
 # The width of InternLM-7B; on CPUs, what takes seconds.
 GPU_SHAPE = {"layers": 32, "hiddenSize": 4096, "heads": 32, "ffnSize": 11008, "vocabSize": 103168}
@@ -51,12 +54,19 @@ def manifest(base: dict[str, Any], settings: list[str], folder: Path) -> dict[st
     spec["model"] = {name: value for name, value in base["model"].items() if name != "init"}
     dropped = ("tokens", "completions", "batchRampUp", "validateEverySteps")
     spec["training"] = {name: value for name, value in base["training"].items() if name not in dropped}
-    spec["training"] |= {"steps": 10**6, "logEverySteps": LOG_EVERY}
+    spec["training"]["steps"] = 10**6
     spec["data"] = {
         "tokenizer": str(folder / "data" / "tokenizer.model"),
         "train": [{"path": str(folder / "data")}],
     }
     spec["checkpoint"] = {"path": str(folder / "checkpoints"), "everySteps": 10**6}
+    apply(spec, settings)
+    kind = {"apiVersion": "training.internlm.io/v1alpha1", "kind": "InternLMJob"}
+    return kind | {"metadata": {"name": "bench"}, "spec": spec}
+
+
+def apply(spec: dict[str, Any], settings: list[str]) -> None:
+    """Set fields of a spec, as `training.precision=fp8`.  Raises UserError."""
     for setting in settings:
         path, equals, value = setting.partition("=")
         if not equals:
@@ -70,12 +80,11 @@ def manifest(base: dict[str, Any], settings: list[str], folder: Path) -> dict[st
             if not isinstance(place, dict):
                 raise UserError(f"{path}: spec.{'.'.join(parents[:depth])} is no group of fields")
         place[last] = yaml.safe_load(value)
-    kind = {"apiVersion": "training.internlm.io/v1alpha1", "kind": "InternLMJob"}
-    return kind | {"metadata": {"name": "bench"}, "spec": spec}
 
 
-def default_spec(layers: int | None, seq: int, sequences: int | None) -> dict[str, Any]:
-    """InternLM-7B, or as many of its layers as this machine's GPUs hold by the plan; something small on CPUs."""
+def default_spec(layers: int | None, seq: int, sequences: int | None, settings: list[str]) -> dict[str, Any]:
+    """InternLM-7B, or as many of its layers as this machine's GPUs hold with `settings` by the plan; something small
+    on CPUs.  Raises UserError."""
     gpus = machine.gpu_count()
     shape = (GPU_SHAPE if gpus else CPU_SHAPE) | {"seqLen": seq}
     spec: dict[str, Any] = {"gpusPerNode": gpus} if gpus else {"processesPerNode": 1}
@@ -94,13 +103,13 @@ def default_spec(layers: int | None, seq: int, sequences: int | None) -> dict[st
     for batches in [(sequences,)] if sequences else [(16, 8, 4), (2, 1)]:
         for depth, batch in itertools.product(depths, batches):
             spec["model"]["layers"], spec["training"]["microBatchSize"] = depth, batch
-            if _fits(spec, gpus):
+            if _fits(spec, settings, gpus):
                 return spec
     return spec  # what is asked for, or the least there is: the job says what is wrong with it
 
 
-def _fits(spec: dict[str, Any], gpus: int) -> bool:
-    whole = parse_spec(manifest(spec, [], Path("/bench"))["spec"], gpus)
+def _fits(spec: dict[str, Any], settings: list[str], gpus: int) -> bool:
+    whole = parse_spec(manifest(spec, settings, Path("/bench"))["spec"], gpus)
     own = make_plan(whole, gpus, gpus, machine.gpu_memory() or 0).own
     return own is not None and own.memory.fits(machine.gpu_memory() or 0)
 
@@ -132,10 +141,12 @@ def measure(job: dict[str, Any], folder: Path, steps: int, seconds: float, heard
     """
     spec = parse_spec(job["spec"], None)
     shape, row = config.model_shape(spec.model), config.row_tokens(spec)
-    rows = config.global_batch_tokens(spec, spec.world_size) // row
-    write_data(
-        folder / "data", shape.vocab_size, spec.model.seq_len, (steps + 4) * rows * row // spec.model.seq_len
-    )
+    micro_batches = min(config.gradient_accumulation(spec, spec.world_size), MICRO_BATCHES)
+    tokens = micro_batches * row * spec.world_size
+    every = max(1, LOG_EVERY // micro_batches)
+    job["spec"]["training"] |= {"globalBatchTokens": tokens, "logEverySteps": every}
+    written = max(row * spec.world_size, min((steps + 4) * tokens, DATA_TOKENS))
+    write_data(folder / "data", shape.vocab_size, spec.model.seq_len, -(-written // spec.model.seq_len))
     file = folder / "job.yaml"
     file.write_text(yaml.safe_dump(job))
     found: list[Values] = []
@@ -144,10 +155,11 @@ def measure(job: dict[str, Any], folder: Path, steps: int, seconds: float, heard
         found.append(values)
         heard(values)
         began = began or time.monotonic()
-        if len(found) * LOG_EVERY >= steps or (len(found) > 2 and time.monotonic() - began > seconds):
+        if len(found) * every >= steps or (len(found) > 2 and time.monotonic() - began > seconds):
             break
-    counted = found[len(found) // 2 :]
-    middle = {name: median(values.get(name, 0.0) for values in counted) for name in counted[-1]}
+    # All of one line, so that its numbers agree.
+    counted = sorted(found[len(found) // 2 :], key=lambda values: values["tgs"])
+    middle = counted[len(counted) // 2]
     split = {name: middle.get(f"{name}_time", 0.0) for name in SECTIONS}
     split["other"] = max(0.0, middle["step_time"] - sum(split.values()))
     return {
@@ -157,11 +169,11 @@ def measure(job: dict[str, Any], folder: Path, steps: int, seconds: float, heard
         "stepSeconds": middle["step_time"],
         "split": split,
         "memory": middle.get("memory_allocated") or middle["memory_rss"],
-        "tokens": rows * row,
+        "tokens": tokens,
         "rowTokens": row,
         "processes": spec.world_size,
         "precision": spec.training.precision,
-        "steps": len(found) * LOG_EVERY,
+        "steps": len(found) * every,
         "spec": {
             name: job["spec"][name] for name in ("model", "training", "parallel") if name in job["spec"]
         },
@@ -188,9 +200,10 @@ def _lines(file: Path) -> Iterator[Values]:
                 other.append(event.get("message", line.rstrip()))
         raise FailedError("\n".join(other))
     finally:
-        while process.poll() is None:  # the second time, at once
-            process.send_signal(signal.SIGINT)
-            time.sleep(0.2)
+        # Asked twice, it ends at once.
+        process.send_signal(signal.SIGINT)
+        process.send_signal(signal.SIGTERM)
+        process.wait()
         process.stdout.close()
 
 

@@ -11,6 +11,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from internlm_operator.manifest import parse_job
 from internlm_trainer.commands.common import only_job, sentences, show
 from internlm_trainer.errors import UserError
 
@@ -27,7 +28,9 @@ def bench(
     layers: Annotated[
         int | None, typer.Option(min=1, help="Layers of InternLM-7B's width. Default: what fits.")
     ] = None,
-    seq: Annotated[int, typer.Option(min=16, help="Tokens of a sequence.")] = 2048,
+    seq: Annotated[
+        int | None, typer.Option(min=16, help="Tokens of a sequence. Default: 2048.", show_default=False)
+    ] = None,
     sequences: Annotated[
         int | None, typer.Option(min=1, help="Sequences of a micro-batch. Default: what fits.")
     ] = None,
@@ -44,16 +47,19 @@ def bench(
     """
     from internlm_trainer import bench as benchmark
 
+    console, settings = Console(stderr=True), set_ or []
     if file:
-        if layers or sequences:
-            raise UserError("--layers and --sequences are for a measurement without a job: use --set")
-        base = dict(only_job(file, "bench").get("spec") or {})
+        if layers or seq or sequences:
+            raise UserError("--layers, --seq and --sequences are for a measurement without a job: use --set")
+        manifest = only_job(file, "bench")
+        nodes, base = parse_job(manifest).spec.nodes, manifest["spec"]
+        if nodes > 1:
+            console.print(f"measuring one node of the job's {nodes}")
     else:
-        base = benchmark.default_spec(layers, seq, sequences)
-    console = Console(stderr=True)
+        base = benchmark.default_spec(layers, seq or 2048, sequences, settings)
     with tempfile.TemporaryDirectory(prefix="internlm-bench-") as name:
         folder = Path(name)
-        job = benchmark.manifest(base, set_ or [], folder)
+        job = benchmark.manifest(base, settings, folder)
         with console.status("preparing random tokens") as status:
 
             def heard(values: dict[str, float]) -> None:
