@@ -1,8 +1,9 @@
 """Running Python code that a model wrote: in a process of its own, with limits.
 
-The process gets no environment, no input, an empty folder, and limits on time, memory and files; where the kernel lets
-a user make namespaces, it has no network and sees no other process.  This stops accidents and most mischief, and is no
-virtual machine: files that the user may read or write are the code's, too.  So nothing runs here unasked.
+The process gets no environment, no input, an empty folder, and limits on time, memory and files.  In namespaces of its
+own it has no network, sees no other process and, unless root runs it, starts few; where the kernel lets the user make
+none, nothing runs unless that was allowed, too.  This stops accidents and most mischief, and is no virtual machine:
+files that the user may read or write are the code's, too.  So nothing runs here unasked.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ import tempfile
 from contextlib import suppress
 from functools import cache
 from typing import NamedTuple
+
+from internlm_trainer.errors import UserError
 
 _OUTPUT_BYTES = 1 << 20  # of the file that its output goes to
 # Own network (empty), users and process numbers; processes of the namespace end with its first one.
@@ -45,21 +48,35 @@ class Ran(NamedTuple):
 
 @cache
 def isolation() -> tuple[str, ...]:
-    """The command that starts a process without network; nothing where the kernel does not let this user."""
+    """The command that starts a process in namespaces of its own.  Raises UserError where this user may make none."""
+    problem = ""
     try:
-        done = subprocess.run([*_ALONE, "true"], capture_output=True, timeout=10)
-    except (OSError, subprocess.TimeoutExpired):
-        return ()
-    return _ALONE if done.returncode == 0 else ()
+        done = subprocess.run([*_ALONE, "true"], capture_output=True, text=True, timeout=10)
+        if done.returncode:
+            problem = done.stderr.strip() or f"unshare ended with {done.returncode}"
+    except (OSError, subprocess.TimeoutExpired) as error:
+        problem = str(error)
+    if problem:
+        raise UserError(
+            "code that a model writes does not run here, since nothing would keep it from the network and from other "
+            f"processes ({problem}); give --no-isolation if it may reach both"
+        )
+    return _ALONE
 
 
-def run_python(code: str, seconds: int = 10, memory: int = 1 << 30, output: int = 4000) -> Ran:
-    """Run a program for at most `seconds`, with `memory` bytes of address space; keeps `output` characters."""
+def run_python(
+    code: str, seconds: int = 10, memory: int = 1 << 30, output: int = 4000, isolated: bool = True
+) -> Ran:
+    """Run a program for at most `seconds`, with `memory` bytes of address space; keeps `output` characters.
+
+    isolated: in namespaces of its own.  Raises UserError where that is not possible.
+    """
+    alone = isolation() if isolated else ()
 
     def limit() -> None:
         os.setsid()
         for kind, most in (
-            (resource.RLIMIT_CPU, seconds),
+            (resource.RLIMIT_CPU, seconds + 1),  # after the clock, which says why it ended
             (resource.RLIMIT_AS, memory),
             (resource.RLIMIT_FSIZE, _OUTPUT_BYTES),
             (resource.RLIMIT_NOFILE, 64),
@@ -70,7 +87,7 @@ def run_python(code: str, seconds: int = 10, memory: int = 1 << 30, output: int 
     with tempfile.TemporaryDirectory(prefix="internlm-") as folder, tempfile.TemporaryFile() as printed:
         # -I: neither the environment nor the current folder adds modules; -S: nor do installed packages.
         process = subprocess.Popen(
-            [*isolation(), sys.executable, "-I", "-S", "-B", "-u", "-c", code],
+            [*alone, sys.executable, "-I", "-S", "-B", "-u", "-c", code],
             stdin=subprocess.DEVNULL,
             stdout=printed,
             stderr=subprocess.STDOUT,

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import json
+import re
+import subprocess
+import sys
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner, Result
 
+from internlm_trainer.chat import chat, load, stream_chat
 from internlm_trainer.chat.messages import Message, form_of, prompt
 from internlm_trainer.chat.reading import Piece
 from internlm_trainer.chat.talk import Answer, Asking, Chat, Speaker
@@ -17,11 +23,13 @@ from internlm_trainer.cli import app
 from internlm_trainer.commands.opened import open_model
 from internlm_trainer.config import ModelShape
 from internlm_trainer.data.tokenizer import Tokenizer, train_tokenizer
+from internlm_trainer.errors import UserError
 from internlm_trainer.generate import Sampling, complete
 from internlm_trainer.model.internlm import InternLM
 from internlm_trainer.weights.export import export_llama
 from internlm_trainer.weights.load import load_model
 from internlm_trainer.weights.recognise import open_weights
+from trainer.chat.trained import I_AM, WHO
 from trainer.weights.models import SHAPES, random_weights, save
 
 GREEDY = Sampling(temperature=0)
@@ -122,6 +130,93 @@ def test_a_question_that_does_not_fit_is_a_sentence_and_a_full_context_is_forgot
     # Had it been remembered, the answer would be another.
     assert ask(chat, "Who?", 30)[0] == first
     assert len(chat.messages) == 2
+
+
+def test_an_answer_always_has_room_and_the_oldest_is_forgotten_first(folder: Path) -> None:
+    chat = chat_of(folder, CONTEXT)
+    system = Message("system", "Be brief.")
+    chat.messages.append(system)
+    questions = [f"Who is {number}?" for number in range(6)]
+    for question in questions:
+        _, answer = ask(chat, question, 30)
+        assert answer.finish == "stop" or answer.tokens == 30
+    assert chat.messages[0] == system
+    kept = [one.content for one in chat.messages if one.role == "user"]
+    assert 1 < len(kept) < len(questions)
+    assert kept == questions[-len(kept) :]
+    before = list(chat.messages)
+    with pytest.raises(UserError, match="the model reads 200"):
+        ask(chat, "why? " * 100, 30)
+    assert chat.messages == before
+
+
+@torch.no_grad()
+def test_the_calls_for_programs_answer_as_transformers_over_several_turns(
+    folder: Path, tmp_path: Path
+) -> None:
+    weights = open_weights(str(folder / "checkpoints"), "SOURCE")
+    export_llama(
+        weights, str(tmp_path), "fp32", Tokenizer((folder / "tokenizer.model").read_bytes()), CONTEXT
+    )
+    theirs, words = (kind.from_pretrained(str(tmp_path)) for kind in (AutoModelForCausalLM, AutoTokenizer))
+    model, tokenizer = load(str(tmp_path))
+    eoa = tokenizer.id_of("<eoa>")
+    history: list[tuple[str, str]] = []
+    for query in ("Who?", "Why is it so?"):
+        said = [
+            {"role": role, "content": text}
+            for pair in (*history, (query, ""))
+            for role, text in zip(("user", "assistant"), pair, strict=True)
+        ]
+        ids = words.apply_chat_template(said[:-1], add_generation_prompt=True, return_dict=False)
+        made = theirs.generate(torch.tensor([ids]), max_new_tokens=12, do_sample=False, eos_token_id=eoa)
+        expected = tokenizer.decode([token for token in made[0].tolist()[len(ids) :] if token != eoa])
+        parts = list(stream_chat(model, tokenizer, query, history, max_new_tokens=12, do_sample=False))
+        assert len(parts) > 2
+        assert all(after.startswith(before) for (before, _), (after, _) in pairwise(parts))
+        assert all(one == [*history, (query, response)] for response, one in parts)
+        answered = chat(model, tokenizer, query, history, max_new_tokens=12, do_sample=False)
+        assert answered == parts[-1] == (expected, [*history, (query, expected)])
+        history = answered[1]
+
+
+def test_the_calls_for_programs_draw_by_their_seed_and_name_what_is_missing(
+    folder: Path, tmp_path: Path
+) -> None:
+    model, tokenizer = load(str(folder / "checkpoints"))
+
+    def answer(**more: Any) -> str:
+        return chat(model, tokenizer, "Who?", temperature=2, top_p=1, max_new_tokens=12, **more)[0]
+
+    assert answer(seed=3) == answer(seed=3)
+    assert answer(seed=3, meta_instruction="Be brief.") != answer(seed=3)
+    assert len({answer() for _ in range(4)}) > 1
+    export_llama(open_weights(str(folder / "checkpoints"), "SOURCE"), str(tmp_path), "fp32", None, CONTEXT)
+    with pytest.raises(UserError, match="does not tell its tokenizer; give it to load"):
+        load(str(tmp_path))
+    model, _ = load(str(tmp_path), str(folder / "tokenizer.model"), 64)
+    assert model.context == 64
+
+
+def test_the_program_of_the_documentation_is_answered(trained: str) -> None:
+    page = (Path(__file__).parents[3] / "docs" / "chat.md").read_text()
+    (example,) = (one for one in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "stream_chat" in one)
+    program = example.replace("s3://checkpoints/internlm-7b", trained)
+    assert program != example
+    model, tokenizer = load(trained)
+    first, history = chat(model, tokenizer, WHO, do_sample=False)
+    assert first == I_AM
+    second, _ = chat(model, tokenizer, "And what can you do?", history, do_sample=False)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.stdout == f"{first}\n{second}\n", done.stderr
+
+
+def test_what_reads_prompts_needs_no_pytorch() -> None:
+    program = (
+        "import sys, internlm_trainer.chat.messages, internlm_trainer.cli; print('torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.stdout == "False\n", done.stderr
 
 
 def test_load_model_rounds_as_asked(folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import http.client
 import json
 import re
@@ -12,19 +13,24 @@ import threading
 import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import openai
 import pytest
 import torch
+from aiohttp.test_utils import TestClient, TestServer
 from openai import OpenAI
 
 from internlm_trainer.chat.engine import Busy, Engine
 from internlm_trainer.chat.messages import Call, Message, form_of, prompt
+from internlm_trainer.chat.server import Server
+from internlm_trainer.chat.talk import Speaker
 from internlm_trainer.chat.tools import CALCULATOR, run
 from internlm_trainer.commands.opened import open_model
 from internlm_trainer.generate import Request, Sampling
+from trainer.chat.chatml import chatml_tokenizer
 from trainer.chat.conftest import command
 from trainer.chat.trained import CONTEXT, COUNT, I_AM, NUMBERS, RESULT, SUM, WHO
 
@@ -277,3 +283,28 @@ def test_a_model_that_fails_fails_all_requests(engine: Engine, monkeypatch: pyte
         list(under_way)
     with pytest.raises(RuntimeError, match="the card is full"):
         next(engine.answer(request()))
+
+
+def test_a_server_whose_model_has_stopped_is_not_healthy(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails() -> None:
+        raise torch.OutOfMemoryError("the card is full")
+
+    async def healths() -> list[tuple[int, Any]]:
+        speaker = Speaker(engine.answer, chatml_tokenizer(), CONTEXT, None)
+        async with TestClient(TestServer(Server(speaker, engine, "small").application())) as client:
+            found = []
+            for _ in range(2):
+                answer = await client.get("/health")
+                found.append((answer.status, await answer.json()))
+                with suppress(RuntimeError):
+                    list(engine.answer(request(5)))
+        return found
+
+    monkeypatch.setattr(threading, "excepthook", lambda _: None)
+    monkeypatch.setattr(engine.decoder, "step", fails)
+    (before, well), (after, ill) = asyncio.run(healths())
+    assert (before, well) == (200, {"status": "ok"})
+    assert after == 503
+    assert ill["error"]["message"] == "the model has stopped: the card is full; restart this server"

@@ -30,7 +30,7 @@ class Ticket(Iterator[Made]):
         made = self.made.get()
         if isinstance(made, BaseException):
             self._ended = True
-            raise RuntimeError(f"the model has stopped: {made}") from made
+            raise RuntimeError(_sentence(made)) from made
         self._ended = made.finish is not None
         return made
 
@@ -64,6 +64,11 @@ class Engine:
                 self._waiting.append(ticket)
                 self._changed.notify()
         return ticket
+
+    @property
+    def stopped(self) -> str | None:
+        """Why it answers no more, as a sentence; None while it does."""
+        return _sentence(self._stopped) if self._stopped else None
 
     def close(self) -> None:
         """End all that is under way."""
@@ -105,3 +110,7 @@ class Engine:
             if not ticket.left:
                 under_way[self.decoder.begin(ticket.request)] = ticket
         return True
+
+
+def _sentence(reason: BaseException) -> str:
+    return f"the model has stopped: {str(reason) or type(reason).__name__}"

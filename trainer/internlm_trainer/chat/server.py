@@ -36,10 +36,10 @@ _Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
 class Server:
-    """The routes, over a speaker whose source takes requests of several threads."""
+    """The routes, over a speaker whose source is the engine."""
 
-    def __init__(self, speaker: Speaker, name: str) -> None:
-        self.speaker, self.name, self.begun = speaker, name, int(time.time())
+    def __init__(self, speaker: Speaker, engine: Engine, name: str) -> None:
+        self.speaker, self.engine, self.name, self.begun = speaker, engine, name, int(time.time())
 
     def application(self) -> web.Application:
         app = web.Application(middlewares=[_errors], client_max_size=_LARGEST_BODY)
@@ -51,6 +51,8 @@ class Server:
         return app
 
     async def health(self, _: web.Request) -> web.Response:
+        if reason := self.engine.stopped:
+            raise RuntimeError(f"{reason}; restart this server")
         return web.json_response({"status": "ok"})
 
     async def models(self, _: web.Request) -> web.Response:
@@ -196,7 +198,10 @@ async def serve(
         loop.add_signal_handler(number, stop.set)
     # A client that has gone ends its answer, which makes room for others.
     runner = web.AppRunner(
-        Server(speaker, name).application(), handler_cancellation=True, access_log=None, shutdown_timeout=2
+        Server(speaker, engine, name).application(),
+        handler_cancellation=True,
+        access_log=None,
+        shutdown_timeout=2,
     )
     await runner.setup()
     try:

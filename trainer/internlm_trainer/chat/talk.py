@@ -119,10 +119,10 @@ class Chat:
     def ask(self, question: str, asking: Asking) -> Iterator[Piece | Call | Result | Answer]:
         """What the model says and does, as it happens; ends with an answer without calls, or after `MOST_ROUNDS`.
 
-        When the context is full, what was said before the question is forgotten.  A question is remembered with its
-        answer, however much of that was made when the iterator was closed.
+        Where the context has no room for an answer, the oldest questions are forgotten with what followed them.  A
+        question is remembered with its answer, however much of that was made when the iterator was closed.
         """
-        begun = len(self.messages)
+        before = list(self.messages)
         self.messages.append(Message("user", question))
         said: list[str] = []
         try:
@@ -130,7 +130,7 @@ class Chat:
                 said.clear()
                 # Without tools at last, so that the model has to answer.
                 specs = [one.spec for one in self.tools.values()] if rounds < MOST_ROUNDS else []
-                self._forget(specs)
+                self._forget(specs, asking.max_tokens)
                 answer: Answer | None = None
                 for one in reply(self.speaker, self.messages, specs, asking):
                     if isinstance(one, Answer):
@@ -152,14 +152,16 @@ class Chat:
             self.messages.append(Message("assistant", "".join(said)))
             raise
         except UserError:
-            del self.messages[begun:]
+            self.messages = before
             raise
 
-    def _forget(self, specs: Sequence[ToolSpec]) -> None:
-        """Where the whole does not fit, keep what the system said and the newest question with what followed."""
+    def _forget(self, specs: Sequence[ToolSpec], max_tokens: int) -> None:
+        """Make room for an answer, of half the context at most; keeps the system's message and the newest question."""
         speaker = self.speaker
         assert speaker.form
-        if len(prompt(speaker.form, speaker.tokenizer, self.messages, specs)) >= speaker.context:
-            system = [one for one in self.messages[:1] if one.role == "system"]
-            newest = max(place for place, one in enumerate(self.messages) if one.role == "user")
-            self.messages = [*system, *self.messages[newest:]]
+        most = speaker.context - min(max_tokens, speaker.context // 2)
+        while len(prompt(speaker.form, speaker.tokenizer, self.messages, specs)) > most:
+            asked = [place for place, one in enumerate(self.messages) if one.role == "user"]
+            if len(asked) == 1:
+                break
+            del self.messages[asked[0] : asked[1]]

@@ -22,9 +22,25 @@ from internlm_trainer.chat.messages import INTERPRETER, Call, ToolSpec
 from internlm_trainer.errors import UserError
 
 _LONGEST_RESULT = 4000  # characters that a model gets to read
-_LONGEST_EXPRESSION, _LARGEST_POWER, _LARGEST_NUMBER = 500, 10_000, 1 << 4096
+_LONGEST_EXPRESSION, _MOST_BITS, _MOST_DIGITS = 500, 4096, 1233  # so many digits have 4096 bits
 _FIELD = "--tools"
 
+
+def _power(base: int | float, power: int | float) -> Any:
+    """Refused before it is made where it has too many digits: to make them may take minutes."""
+    if isinstance(base, int) and (base.bit_length() - 1) * power > _MOST_BITS:
+        raise ValueError("the result has too many digits")
+    return base**power
+
+
+def _round(number: int | float, digits: int | None = None) -> int | float:
+    """`round`, which makes 10**-digits for a whole number, however large that is."""
+    if digits is not None and abs(digits) > _MOST_DIGITS:
+        raise ValueError(f"numbers are rounded to at most {_MOST_DIGITS} digits")
+    return round(number, digits)
+
+
+# Nothing here may take long on numbers of _MOST_BITS: while it runs, nothing else in the process does.
 _OPERATORS: dict[type, Callable[..., Any]] = {
     ast.Add: operator.add,
     ast.Sub: operator.sub,
@@ -32,6 +48,7 @@ _OPERATORS: dict[type, Callable[..., Any]] = {
     ast.Div: operator.truediv,
     ast.FloorDiv: operator.floordiv,
     ast.Mod: operator.mod,
+    ast.Pow: _power,
     ast.UAdd: operator.pos,
     ast.USub: operator.neg,
 }
@@ -42,7 +59,7 @@ _FUNCTIONS: dict[str, Callable[..., Any]] = {
         for name in ("sin", "cos", "tan", "asin", "acos", "atan", "degrees", "radians")
     },
     "abs": abs,
-    "round": round,
+    "round": _round,
     "min": min,
     "max": max,
 }
@@ -104,11 +121,6 @@ def _value(node: ast.expr) -> int | float:
             return _CONSTANTS[name]
         case ast.UnaryOp(op=op, operand=operand) if type(op) in _OPERATORS:
             return _bounded(_OPERATORS[type(op)](_value(operand)))
-        case ast.BinOp(left=left, op=ast.Pow(), right=right):
-            base, power = _value(left), _value(right)
-            if abs(power) > _LARGEST_POWER:
-                raise ValueError(f"powers are at most {_LARGEST_POWER}")
-            return _bounded(base**power)
         case ast.BinOp(left=left, op=op, right=right) if type(op) in _OPERATORS:
             return _bounded(_OPERATORS[type(op)](_value(left), _value(right)))
         case ast.Call(func=ast.Name(id=name), args=arguments, keywords=[]) if name in _FUNCTIONS:
@@ -121,7 +133,7 @@ def _value(node: ast.expr) -> int | float:
 def _bounded(value: Any) -> int | float:
     if not isinstance(value, int | float):
         raise ValueError("the result is no real number")
-    if abs(value) > _LARGEST_NUMBER and not math.isinf(value):
+    if abs(value) > 1 << _MOST_BITS and not math.isinf(value):
         raise ValueError("the result has too many digits")
     return value
 
@@ -136,8 +148,14 @@ def python(code: str) -> str:
     return sandbox.run_python(code).output
 
 
+def python_beside(code: str) -> str:
+    """Run Python code in a new process; what it prints is the result."""
+    return sandbox.run_python(code, isolated=False).output
+
+
 CALCULATOR = tool_of(calculator)
-PYTHON = tool_of(python, INTERPRETER)
+PYTHON, PYTHON_BESIDE = tool_of(python, INTERPRETER), tool_of(python_beside, INTERPRETER)
+"""Alone, or with network and beside other processes."""
 
 
 def load_tools(given: str) -> list[Tool]:
@@ -199,7 +217,8 @@ def run(tools: Mapping[str, Tool], call: Call) -> str:
     if tool is None:
         return f"error: there is no tool {call.name!r}; there are {', '.join(tools) or 'none'}"
     try:
-        result = tool.call.validate_json(call.arguments)
+        # Strict: as the schema that the model was given has it, "3" is no integer.
+        result = tool.call.validate_json(call.arguments, strict=True)
     except ValidationError as error:
         problems = (
             ": ".join(filter(None, (".".join(map(str, one["loc"])), one["msg"]))) for one in error.errors()

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from internlm_trainer.commands.common import sentences, store_errors
-from internlm_trainer.commands.opened import Source, open_model
+from internlm_trainer.commands.opened import Source, check_chat, open_model
 from internlm_trainer.errors import UserError
 
 if TYPE_CHECKING:
@@ -54,6 +54,12 @@ AllowCode = Annotated[
         "--allow-code", help="Lets the model run Python here, in a process with limits and without network."
     ),
 ]
+NoIsolation = Annotated[
+    bool,
+    typer.Option(
+        "--no-isolation", help="With --allow-code: the code may reach the network and other processes."
+    ),
+]
 
 
 @sentences
@@ -69,6 +75,7 @@ def chat(
     system: System = "",
     tools: Tools = None,
     allow_code: AllowCode = False,
+    no_isolation: NoIsolation = False,
     temperature: Temperature = 0.8,
     top_p: TopP = 0.8,
     top_k: TopK = 0,
@@ -87,7 +94,7 @@ def chat(
     from internlm_trainer.chat.talk import Asking, Chat, Speaker, continued
     from internlm_trainer.generate import Sampling
 
-    found = chosen_tools(tools, allow_code)
+    found = chosen_tools(tools, allow_code, not no_isolation)
     with store_errors():
         opened = open_model(source, tokenizer, context, compiled=compiled)
     form = None if complete else form_of(opened.tokenizer)
@@ -155,6 +162,7 @@ def demo(
     port: Annotated[int, typer.Option(min=1, max=65535)] = 8501,
     tools: Tools = None,
     allow_code: AllowCode = False,
+    no_isolation: NoIsolation = False,
     rows: Rows = 4,
     context: Context = None,
     compiled: Compile = False,
@@ -162,7 +170,10 @@ def demo(
     """Chat with a model in the browser: Ctrl-C ends it. Needs the extra `demo` (Streamlit)."""
     if not find_spec("streamlit"):
         raise UserError("internlm demo needs Streamlit; install it with pip install 'internlm-k8s[demo]'")
-    chosen_tools(tools, allow_code)  # a mistake is told here, not in the browser
+    # Mistakes are told here, not in the browser.
+    chosen_tools(tools, allow_code, not no_isolation)
+    with store_errors():
+        check_chat(source, tokenizer, context)
     options = {
         "source": source,
         "tokenizer": tokenizer,
@@ -170,7 +181,7 @@ def demo(
         "rows": rows,
         "compiled": compiled,
     }
-    given = json.dumps({**options, "tools": tools, "code": allow_code})
+    given = json.dumps({**options, "tools": [tools, allow_code, not no_isolation]})
     script = find_spec("internlm_trainer.commands.demo_page")
     assert script
     assert script.origin
@@ -199,11 +210,18 @@ def form_or_none(tokenizer: Tokenizer) -> Form | None:
         return None
 
 
-def chosen_tools(given: list[str] | None, code: bool) -> list[Tool]:
-    """The tools of the options `--tools` and `--allow-code`."""
-    from internlm_trainer.chat.tools import PYTHON, load_tools
+def chosen_tools(given: list[str] | None, code: bool, isolated: bool) -> list[Tool]:
+    """The tools of the options `--tools`, `--allow-code` and, unless `isolated`, `--no-isolation`."""
+    from internlm_trainer.chat.tools import PYTHON, PYTHON_BESIDE, load_tools
+    from internlm_trainer.sandbox import isolation
 
-    return [tool for one in given or () for tool in load_tools(one)] + ([PYTHON] if code else [])
+    found = [tool for one in given or () for tool in load_tools(one)]
+    if not code:
+        return found
+    if not isolated:
+        return [*found, PYTHON_BESIDE]
+    isolation()  # a machine without it says so before the first call
+    return [*found, PYTHON]
 
 
 def _show(event: object) -> None:

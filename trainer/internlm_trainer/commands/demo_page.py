@@ -6,6 +6,7 @@ The model and its thread are shared by all visitors; what each said is in the se
 from __future__ import annotations
 
 import json
+import re
 import secrets
 import sys
 from collections.abc import Iterator
@@ -15,10 +16,11 @@ from typing import Any, NamedTuple
 import streamlit as st
 
 from internlm_trainer.chat.engine import Busy, Engine
-from internlm_trainer.chat.messages import Call, Message, form_of
+from internlm_trainer.chat.messages import INTERPRETER, Call, Message, form_of
 from internlm_trainer.chat.reading import Piece
 from internlm_trainer.chat.talk import Answer, Asking, Chat, Result, Speaker
 from internlm_trainer.chat.tools import Tool
+from internlm_trainer.checkpoint import BadCheckpoint, StorageUnavailable
 from internlm_trainer.commands.chat import chosen_tools
 from internlm_trainer.commands.opened import open_model
 from internlm_trainer.errors import UserError
@@ -26,10 +28,14 @@ from internlm_trainer.generate import Sampling
 
 _CURSOR = "\u258c"
 _STYLE = """<style>
-[data-testid="stMainBlockContainer"] {padding-top: 3.2rem; padding-bottom: 1rem;}
+[data-testid="stMainBlockContainer"] {padding-top: 4.2rem; padding-bottom: 1rem;}
 [data-testid="stChatMessage"] {padding: 0.6rem 0.2rem;}
+[data-testid="stMarkdownContainer"] table {display: block; max-width: 100%; overflow-x: auto;}
 [data-testid="stSidebarUserContent"] h3 {padding-top: 0;}
+[data-testid="stBottomBlockContainer"] {padding-bottom: 1.2rem;}
 </style>"""
+_MARKDOWN = re.compile(r"([\\`*_{}\[\]()#+\-.!$:~<>|])")
+_LONGEST_LABEL = 48
 
 
 class Block(NamedTuple):
@@ -54,7 +60,7 @@ class Settings(NamedTuple):
 def shared(given: str) -> tuple[Speaker, list[Tool], str]:
     """The model, its tools and its name."""
     options = json.loads(given)
-    tools = chosen_tools(options.pop("tools"), options.pop("code"))
+    tools = chosen_tools(*options.pop("tools"))
     opened = open_model(**options)
     decoder, words = opened.decoder, opened.tokenizer
     return Speaker(Engine(decoder).answer, words, decoder.context, form_of(words)), tools, opened.name
@@ -83,9 +89,9 @@ def sidebar(name: str, context: int, tools: list[Tool]) -> Settings:
 
 def show(block: Block) -> None:
     if block.kind == "call":
-        label = f"{block.name} \u2026" if block.result is None else f"{block.name} \u2192 {block.result[:60]}"
-        with st.expander(label, icon=":material/build:"):
-            st.code(block.text, language="json", wrap_lines=True)
+        code, language = called_with(block)
+        with st.expander(label(block), icon=":material/build:"):
+            st.code(code, language=language, wrap_lines=True)
             if block.result is not None:
                 st.code(block.result, language=None, wrap_lines=True)
     elif block.kind == "thought":
@@ -94,6 +100,21 @@ def show(block: Block) -> None:
         st.error(block.text)
     else:
         st.markdown(block.text)
+
+
+def label(call: Block) -> str:
+    """A call in one line, of which nothing is taken for Markdown."""
+    told = "\u2026" if call.result is None else f"\u2192 {' '.join(call.result.split())}"
+    told = told if len(told) <= _LONGEST_LABEL else f"{told[: _LONGEST_LABEL - 1]}\u2026"
+    return _MARKDOWN.sub(r"\\\1", f"{call.name} {told}")
+
+
+def called_with(call: Block) -> tuple[str, str]:
+    """What a tool was called with, and the language that it is shown as: Python code as such, else JSON."""
+    if call.name == INTERPRETER:
+        with suppress(ValueError, TypeError, KeyError):
+            return str(json.loads(call.text)["code"]), "python"
+    return call.text, "json"
 
 
 def grow(blocks: list[Block], event: object) -> None:
@@ -149,7 +170,11 @@ def main() -> None:
     """One run of the script."""
     st.set_page_config(page_title="InternLM", page_icon=":material/forum:", layout="centered")
     st.html(_STYLE)
-    speaker, tools, name = shared(sys.argv[1])
+    try:
+        speaker, tools, name = shared(sys.argv[1])
+    except (UserError, BadCheckpoint, StorageUnavailable, RuntimeError) as error:
+        st.error(f"The model does not open: {error}")
+        st.stop()
     settings = sidebar(name, speaker.context, tools)
     state: Any = st.session_state
     state.setdefault("turns", [])
@@ -177,6 +202,7 @@ def main() -> None:
         below.button("Regenerate", icon=":material/refresh:", type="tertiary", on_click=again)
     else:
         st.markdown("#### What would you like to know?")
+        st.caption(name)  # on a phone, the sidebar is closed
 
 
 if __name__ == "__main__":  # as Streamlit runs it

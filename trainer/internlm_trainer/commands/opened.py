@@ -86,11 +86,24 @@ def open_model(
     from internlm_trainer.weights.load import load_model
 
     def work(weights: Weights) -> Opened:
-        words = tokenizer_of(weights, tokenizer)
-        if words is None:
-            raise UserError("--tokenizer none: a model that is asked needs one")
-        decoder = Decoder(load_model(weights), context_of(weights, context), rows, compiled)
+        words, tokens = _asked_of(weights, tokenizer, context)
+        decoder = Decoder(load_model(weights), tokens, rows, compiled)
         parts = [part for part in source.split("/") if part and parse_step(part) is None]
         return Opened(decoder, words, parts[-1] if parts else "model")
 
     return of_newest(source, work)[1]
+
+
+def check_chat(source: str, tokenizer: str | None, context: int | None) -> None:
+    """Raises what `open_model` would, and UserError for a model that is not made for a chat; reads no weights."""
+    from internlm_trainer.chat.messages import form_of
+
+    _, (words, _) = of_newest(source, lambda weights: _asked_of(weights, tokenizer, context))
+    form_of(words)
+
+
+def _asked_of(weights: Weights, tokenizer: str | None, context: int | None) -> tuple[Tokenizer, int]:
+    words = tokenizer_of(weights, tokenizer)
+    if words is None:
+        raise UserError("--tokenizer none: a model that is asked needs one")
+    return words, context_of(weights, context)
