@@ -17,6 +17,7 @@ from internlm_trainer.model.internlm import InternLM
 from internlm_trainer.weights import export as exporting
 from internlm_trainer.weights import source
 from internlm_trainer.weights.export import export_internlm, export_llama
+from internlm_trainer.weights.imported import import_weights
 from internlm_trainer.weights.layout import parameters, stages
 from internlm_trainer.weights.recognise import open_weights
 from internlm_trainer.weights.source import CheckpointWeights, fill
@@ -39,7 +40,15 @@ def test_the_parameters_are_those_of_the_model(shape: ModelShape) -> None:
 
 @pytest.mark.parametrize(
     ("tensor", "pipeline", "dtype"),
-    [(1, 1, "bf16"), (2, 1, "fp32"), (4, 1, "bf16"), (1, 2, "bf16"), (4, 3, "bf16")],
+    [
+        (1, 1, "bf16"),
+        (2, 1, "fp32"),
+        (4, 1, "bf16"),
+        (1, 2, "bf16"),
+        (2, 2, "bf16"),
+        (4, 2, "fp32"),
+        (4, 3, "bf16"),
+    ],
 )
 @pytest.mark.parametrize("family", SHAPES)
 def test_a_chain_through_all_formats_changes_no_bit(
@@ -54,11 +63,18 @@ def test_a_chain_through_all_formats_changes_no_bit(
     split = open_weights(str(tmp_path / "internlm"), "SOURCE")
     assert split.shape == shape
     assert_equal(content(split), expected)
-    export_llama(split, str(tmp_path / "hf"), dtype, None, 128)
+    import_weights(split, str(tmp_path / "imported"), None, 128)
+    imported = open_weights(str(tmp_path / "imported"), "SOURCE")
+    assert_equal(content(imported), expected)
+    export_llama(imported, str(tmp_path / "hf"), dtype, None, 128)
     whole = open_weights(str(tmp_path / "hf"), "SOURCE")
     assert (whole.shape, whole.context) == (shape, 128)
     assert_equal(content(whole), expected)
-    export_internlm(whole, str(tmp_path / "again"), dtype, tensor, pipeline)
+    import_weights(whole, str(tmp_path / "last"), None, 128)
+    last = open_weights(str(tmp_path / "last"), "SOURCE")
+    assert (last.shape, last.context) == (shape, 128)
+    assert_equal(content(last), expected)
+    export_internlm(last, str(tmp_path / "again"), dtype, tensor, pipeline)
     for file in files:
         one, other = (torch.load(tmp_path / name / file, weights_only=True) for name in ("internlm", "again"))
         assert_equal(one, other)

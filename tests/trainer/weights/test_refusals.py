@@ -348,6 +348,9 @@ def test_models_lists_every_release() -> None:
     assert shown.exit_code == 0
     for release in RELEASES:
         [line] = [line for line in shown.output.splitlines() if line.split("  ")[0].strip() == release.name]
-        assert f"hf://internlm/{release.repository} " in line
+        assert f"hf://internlm/{release.repository}" in line.split()
+        assert "hf, internlm " in line if release.original else "internlm  " not in line
+        assert release.original is None or f"OpenLMLab/{release.original}" in line.split()
+        assert f"{release.context:,}" in line.split()
     assert "7.32 B" in shown.output  # as released: 7.3 B, 20 B, 1.8 B, 7.7 B, 19.9 B and 8.8 B
     assert "19.86 B" in shown.output

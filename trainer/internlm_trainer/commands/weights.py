@@ -65,7 +65,7 @@ def export(
 ) -> None:
     """Write weights for others: Hugging Face's format, or InternLM's.
 
-    Memory stays below 1 GB, whatever the size of the model. A folder that is interrupted opens nowhere; the same
+    Memory stays below 1.5 GB, whatever the size of the model. A folder that is interrupted opens nowhere; the same
     command writes it anew.
     """
     from internlm_trainer.weights.export import export_internlm, export_llama, total_bytes
@@ -106,7 +106,7 @@ def import_(
 ) -> None:
     """Make a checkpoint of weights in Hugging Face's or InternLM's format, which every other command reads.
 
-    A job starts from it by model.init.from. It has no optimizer states. Memory stays below 1 GB.
+    A job starts from it by model.init.from. It has no optimizer states. Memory stays below 1.5 GB.
     """
     from internlm_trainer.checkpoint import SaveFailed
     from internlm_trainer.weights.export import total_bytes
@@ -131,12 +131,16 @@ def models() -> None:
     """List InternLM's releases: what they are, where they are, and the preset that trains them."""
     from internlm_trainer.weights.zoo import LICENSES, RELEASES, parameter_count
 
-    table = Table("release", "size", "context", "preset", "where", "license", box=None, header_style="bold")
+    columns = ("release", "size", "context", "preset", "license", "formats", "where: hf", "where: internlm")
+    table = Table(*columns, box=None, header_style="bold")
     for one in RELEASES:
-        size = f"{parameter_count(one.preset) / 1e9:.2f} B"
-        table.add_row(one.name, size, f"{one.context:,}", one.preset, one.where, one.license)
+        size, formats = f"{parameter_count(one.preset) / 1e9:.2f} B", "hf, internlm" if one.original else "hf"
+        original = f"OpenLMLab/{one.original}" if one.original else ""
+        where = (one.where, original)
+        table.add_row(one.name, size, f"{one.context:,}", one.preset, one.license, formats, *where)
     show(table)
     typer.echo(
-        "All are in Hugging Face's format. model.init.from and internlm export read hf:// with huggingface_hub "
-        f"installed, or any folder or bucket that they were copied to. {LICENSES}"
+        "hf is Hugging Face's format, on its hub: internlm import copies it to a folder or bucket of yours, and "
+        "model.init.from and the other commands take the URL too. internlm is InternLM's own format, at "
+        f"openxlab.org.cn/models/detail/NAME: copied to any folder or bucket, it is read there. {LICENSES}"
     )

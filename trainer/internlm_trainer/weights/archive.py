@@ -10,26 +10,33 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import pickle
 import struct
 import zipfile
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from itertools import accumulate
 from math import prod
 from typing import IO, Any, NamedTuple
 
 import torch
-from torch import Tensor
 
 from internlm_trainer.checkpoint.tensors import as_bytes
 from internlm_trainer.errors import UserError
 from internlm_trainer.weights.files import Type
-from internlm_trainer.weights.layout import Stored
-from internlm_trainer.weights.source import Weights, blocks
+from internlm_trainer.weights.layout import Slice, Stored, as_matrix, parameters
+from internlm_trainer.weights.source import Weights, ahead, blocks
 
 Progress = Callable[[int], None]
+
+
+class Part(NamedTuple):
+    """A tensor of a file, and where its numbers come from."""
+
+    weights: Weights
+    tensor: Stored
 
 
 def size(tensors: Sequence[Stored], type: Type) -> int:
@@ -53,15 +60,10 @@ def write_safetensors(
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     file.write(len(text).to_bytes(8, "little") + text)
-    for one in tensors:
-        _write(file, weights, one, type, progress)
-
-
-class Part(NamedTuple):
-    """A tensor of a file, and where its numbers come from."""
-
-    weights: Weights
-    tensor: Stored
+    for data in _data([Part(weights, one) for one in tensors], type):
+        file.write(data)
+        progress(len(data))
+        _begin(file)
 
 
 def write_pt(file: IO[bytes], content: object, type: Type, progress: Progress) -> None:
@@ -71,35 +73,57 @@ def write_pt(file: IO[bytes], content: object, type: Type, progress: Progress) -
         pickled, parts = _pickled(content, type)
         _add(archive, "data.pkl", pickled)
         _add(archive, "byteorder", b"little")
+        data = _data(parts, type)
         for number, one in enumerate(parts):
+            left = size([one.tensor], type)
             with archive.open(_member(archive, f"data/{number}"), "w", force_zip64=True) as member:
-                _write(member, *one, type, progress)
+                while left:
+                    block = next(data)
+                    member.write(block)
+                    progress(len(block))
+                    _begin(file)
+                    left -= len(block)
         _add(archive, "version", b"3\n")
 
 
-def _write(file: IO[bytes], weights: Weights, tensor: Stored, type: Type, progress: Progress) -> None:
-    for block in _ahead(_blocks(weights, tensor)):
-        values = block.to(type.dtype)
-        if type.dtype == torch.float16 and not values.isfinite().all():
-            raise UserError(f"--dtype fp16: {tensor.name} has numbers above 65504; take bf16 or fp32")
-        data = as_bytes(values.flatten())
-        file.write(data)
-        progress(len(data))
+class _Block(NamedTuple):
+    """Rows [first, last) of a part's slice, and what the part is called."""
+
+    weights: Weights
+    slice: Slice
+    first: int
+    last: int
+    name: str
 
 
-def _blocks(weights: Weights, tensor: Stored) -> Iterator[Tensor]:
-    for part in tensor.slices:
-        for block in blocks(weights, part.parameter, *part.rows):
-            yield block[:, slice(*part.columns)]
+def _begin(file: IO[bytes]) -> None:
+    """Have a local disk begin with what was written so far, not with all of it when the file is flushed.
+
+    What it has is dropped from memory, for which the kernel otherwise looks for room at every write.
+    """
+    with suppress(io.UnsupportedOperation):
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def _ahead(blocks: Iterator[Tensor]) -> Iterator[Tensor]:
-    """The same blocks, each read while the one before is written."""
-    with ThreadPoolExecutor(1) as pool:
-        coming = pool.submit(next, blocks, None)
-        while (block := coming.result()) is not None:
-            coming = pool.submit(next, blocks, None)
-            yield block
+def _data(parts: Iterable[Part], type: Type) -> Iterator[memoryview]:
+    """All bytes of the parts, a block at a time; none has bytes of two."""
+    return ahead(lambda block: _rounded(block, type), _blocks(parts))
+
+
+def _blocks(parts: Iterable[Part]) -> Iterator[_Block]:
+    for weights, tensor in parts:
+        for one in tensor.slices:
+            columns = as_matrix(parameters(weights.shape)[one.parameter])[1]
+            for first, last in blocks(columns, *one.rows):
+                yield _Block(weights, one, first, last, tensor.name)
+
+
+def _rounded(block: _Block, type: Type) -> memoryview:
+    rows = block.weights.rows(block.slice.parameter, block.first, block.last)
+    values = rows[:, slice(*block.slice.columns)].to(type.dtype)
+    if type.dtype == torch.float16 and not values.isfinite().all():
+        raise UserError(f"--dtype fp16: {block.name} has numbers above 65504; take bf16 or fp32")
+    return as_bytes(values.flatten())
 
 
 def _add(archive: zipfile.ZipFile, name: str, data: bytes) -> None:

@@ -5,16 +5,19 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from math import prod
 
+from torch import Tensor
+
 from internlm_trainer.checkpoint import CheckpointStore
 from internlm_trainer.checkpoint.folder import Folder
 from internlm_trainer.checkpoint.format import CHUNK, PieceEntry, aligned
 from internlm_trainer.checkpoint.load import stored_steps
+from internlm_trainer.checkpoint.tensors import as_bytes
 from internlm_trainer.data.tokenizer import Tokenizer
 from internlm_trainer.errors import UserError
 from internlm_trainer.storage import join, user_errors, write_whole
 from internlm_trainer.weights.archive import Progress
 from internlm_trainer.weights.layout import as_matrix, parameters
-from internlm_trainer.weights.source import MASTER, TOKENIZER, Weights, blocks
+from internlm_trainer.weights.source import MASTER, TOKENIZER, Weights, ahead, blocks
 
 JOB, STEP, WHAT = "import", 0, "OUT"
 LARGEST_SHARD = 4 << 30  # bytes
@@ -77,16 +80,35 @@ class _Shard:
 
     def chunks(self) -> Iterator[memoryview]:
         """All bytes, `CHUNK` at a time."""
-        waiting, end = bytearray(), 0
+        chunk, filled = bytearray(CHUNK), 0
+        for data in self._data():
+            done = 0
+            while done < len(data):
+                part = data[done : done + CHUNK - filled]
+                chunk[filled : filled + len(part)] = part
+                done, filled = done + len(part), filled + len(part)
+                if filled == CHUNK:
+                    yield memoryview(chunk)
+                    chunk, filled = bytearray(CHUNK), 0
+        if filled:
+            yield memoryview(chunk)[:filled]
+
+    def _data(self) -> Iterator[memoryview]:
+        """The same bytes as they come, the next ones being read meanwhile."""
+        end = 0
+        for piece, first, values in ahead(self._read, self._blocks()):
+            if first == 0:
+                yield memoryview(bytes(piece.offset - end))
+                end = piece.offset + 4 * (piece.stop - piece.start)
+            yield as_bytes(values.flatten())
+            self._progress(values.nbytes)
+
+    def _blocks(self) -> Iterator[tuple[PieceEntry, int, int]]:
         for piece in self.pieces:
-            waiting += bytes(piece.offset - end)
-            end = piece.offset + 4 * (piece.stop - piece.start)
-            rows = as_matrix(parameters(self._weights.shape)[piece.parameter])[0]
-            for block in blocks(self._weights, piece.parameter, 0, rows):
-                waiting += block.contiguous().numpy().data.cast("B")
-                self._progress(block.nbytes)
-                while len(waiting) >= CHUNK:
-                    yield memoryview(bytes(waiting[:CHUNK]))
-                    del waiting[:CHUNK]
-        if waiting:
-            yield memoryview(bytes(waiting))
+            rows, columns = as_matrix(parameters(self._weights.shape)[piece.parameter])
+            for first, last in blocks(columns, 0, rows):
+                yield piece, first, last
+
+    def _read(self, block: tuple[PieceEntry, int, int]) -> tuple[PieceEntry, int, Tensor]:
+        piece, first, last = block
+        return piece, first, self._weights.rows(piece.parameter, first, last)

@@ -14,6 +14,7 @@ from internlm_trainer.checkpoint.tools import locate, open_one
 from internlm_trainer.config import ModelShape
 from internlm_trainer.errors import UserError
 from internlm_trainer.weights.files import TensorAt, load_pickle, read, refusal, tensors
+from internlm_trainer.weights.hub import HUB, download
 from internlm_trainer.weights.layout import (
     Files,
     Stored,
@@ -35,9 +36,14 @@ def open_weights(url: str, what: str, shape: ModelShape | None = None) -> Weight
     """The weights in a folder (path or URL): Hugging Face's format, InternLM's, or a checkpoint.
 
     what: the field or thing that they are for, with which sentences begin.  shape: what a folder in InternLM's format
-    without `model_config.pt` is taken to hold.  Reads headers, not the weights.  Raises UserError for a folder in none
-    of the formats and for anything that is missing, differs or could run code; StorageUnavailable, BadCheckpoint.
+    without `model_config.pt` is taken to hold.  Reads headers, not the weights; `hf://` is downloaded first.  Raises
+    UserError for a folder in none of the formats and for anything that is missing, differs or could run code;
+    StorageUnavailable, BadCheckpoint.
     """
+    if url.startswith(HUB):
+        weights = open_weights(download(url, what), what, shape)
+        weights.url = url
+        return weights
     folder = Folder(url, what=what)
     names = folder.names()
     if CONFIG in names:

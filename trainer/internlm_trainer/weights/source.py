@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from math import prod
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,7 +20,10 @@ from internlm_trainer.errors import UserError
 from internlm_trainer.weights.files import DTYPES, TensorAt, read, refusal
 from internlm_trainer.weights.layout import Place, Stored, as_matrix, parameters, places
 
-BLOCK = 4 << 20  # elements in memory at once: 16 MiB in fp32
+S = TypeVar("S")
+T = TypeVar("T")
+BLOCK = 2 << 20  # elements of a block: 8 MiB in fp32
+AHEAD = 4  # blocks that are read, verified and rounded while one is written
 MASTER, TOKENIZER = "master", "tokenizer.model"
 
 
@@ -135,11 +140,27 @@ class StoredWeights:
         return torch.frombuffer(bytearray(data), dtype=table.dtype).view(-1, width)
 
 
-def blocks(weights: Weights, parameter: str, start: int, stop: int) -> Iterator[Tensor]:
-    """Rows [start, stop) of a parameter, at most `BLOCK` elements at a time."""
-    step = max(1, BLOCK // as_matrix(parameters(weights.shape)[parameter])[1])
+def blocks(columns: int, start: int, stop: int) -> Iterator[tuple[int, int]]:
+    """Rows [start, stop) of a parameter with so many columns as [first, last) of blocks of at most `BLOCK` elements."""
+    step = max(1, BLOCK // columns)
     for first in range(start, stop, step):
-        yield weights.rows(parameter, first, min(first + step, stop))
+        yield first, min(first + step, stop)
+
+
+def ahead(work: Callable[[S], T], items: Iterable[S]) -> Iterator[T]:
+    """`work(item)` for each item, in their order; the next `AHEAD` are at work while one is used."""
+    coming: deque[Future[T]] = deque()
+    with ThreadPoolExecutor(AHEAD) as pool:
+        try:
+            for item in items:
+                coming.append(pool.submit(work, item))
+                if len(coming) > AHEAD:
+                    yield coming.popleft().result()
+            while coming:
+                yield coming.popleft().result()
+        finally:
+            for one in coming:
+                one.cancel()
 
 
 def fill(weights: Weights, pieces: Iterable[Piece]) -> None:
@@ -152,7 +173,8 @@ def _fill(weights: Weights, piece: Piece) -> None:
     columns = as_matrix(parameters(weights.shape)[piece.parameter])[1]
     first, done = piece.start // columns, 0
     skipped = piece.start - first * columns
-    for block in blocks(weights, piece.parameter, first, -(-piece.stop // columns)):
+    for rows in blocks(columns, first, -(-piece.stop // columns)):
+        block = weights.rows(piece.parameter, *rows)
         values = block.flatten()[skipped : skipped + len(out) - done]
         out[done : done + len(values)].copy_(values)
         done, skipped = done + len(values), 0
