@@ -17,8 +17,9 @@ HAN = (
     "的一是在不了有和人这中大为上个国我以要他时来用们生到作地于出就分对成会可主"
     "发年动同工也能下过子说产种面而方后多定行学法所民得经"
 )
-# Examples before each question, by task.
-SHOTS = {"mmlu": 2, "ceval": 2, "cmmlu": 0, "agieval": 0, "boolq": 0, "hellaswag": 0, "arc_challenge": 1}
+# Examples before each question of these tasks; the others are asked with as many as both have by default.
+SHOTS = 2
+WITH_SHOTS = ("mmlu", "ceval", "cmmlu", "boolq", "hellaswag", "arc_easy", "arc_challenge")
 
 
 class Maker:
@@ -75,53 +76,58 @@ def make(data: Path, count: int = 6) -> None:
         header = ("id", "question", "A", "B", "C", "D", "answer", "explanation")
         rows = [(n, maker.han(), *(maker.han() for _ in "ABCD"), maker.letter(), "") for n in range(number)]
         write_csv(data / f"ceval/{split}/law_{split}.csv", [header, *rows])
-    header = ("", "Question", "A", "B", "C", "D", "Answer")
-    rows = [(n, maker.han(), *(maker.words() for _ in "ABCD"), maker.letter()) for n in range(count)]
-    write_csv(data / "cmmlu/test/agronomy.csv", [header, *rows])
-    write_jsonl(
-        data / "agieval/aqua-rat.jsonl",
-        (
-            {
-                "query": maker.words(5, 20),
-                "choices": [maker.words() for _ in range(5)],
-                "gold": [maker.index(5)],
-            }
-            for _ in range(count)
-        ),
-    )
-    write_jsonl(
-        data / "boolq/val.jsonl",
-        (
-            {"passage": maker.words(10, 90), "question": maker.words(), "idx": n, "label": maker.index(2)}
-            for n in range(count)
-        ),
-    )
-    write_jsonl(
-        data / "hellaswag/hellaswag_val.jsonl",
-        (
-            {
-                "ind": n,
-                "activity_label": maker.words(1, 2),
-                "ctx_a": f"[header] {maker.words()} [title] {maker.words()}",
-                "ctx_b": maker.words(),
-                "endings": [f"{maker.words()}  {maker.words()} [step]" for _ in range(4)],
-                "label": str(maker.index(4)),
-            }
-            for n in range(count)
-        ),
-    )
-    for split, number in (("test", count), ("train", 3)):
+    for split, number in (("test", count), ("dev", 3)):
+        header = ("", "Question", "A", "B", "C", "D", "Answer")
+        rows = [(n, maker.han(), *(maker.words() for _ in "ABCD"), maker.letter()) for n in range(number)]
+        write_csv(data / f"cmmlu/{split}/agronomy.csv", [header, *rows])
+    # Some Chinese questions have several right answers.
+    for subject, text, number, right in (("aqua-rat", maker.words, count, 1), ("jec-qa-kd", maker.han, 3, 2)):
         write_jsonl(
-            data / f"arc/ARC-Challenge/{split}.jsonl",
+            data / f"agieval/{subject}.jsonl",
             (
                 {
-                    "question": maker.words(3, 20),
-                    "choices": {"text": [maker.words() for _ in "ABCD"], "label": ["A", "B", "C", "D"]},
-                    "answerKey": maker.letter(),
+                    "query": text(5, 20),
+                    "choices": [text() for _ in range(5)],
+                    "gold": sorted({maker.index(5) for _ in range(right)}),
                 }
                 for _ in range(number)
             ),
         )
+    for split, number in (("val", count), ("train", 7)):
+        write_jsonl(
+            data / f"boolq/{split}.jsonl",
+            (
+                {"passage": maker.words(10, 90), "question": maker.words(), "idx": n, "label": maker.index(2)}
+                for n in range(number)
+            ),
+        )
+        write_jsonl(
+            data / f"hellaswag/hellaswag_{split}.jsonl",
+            (
+                {
+                    "ind": n,
+                    "activity_label": maker.words(1, 2),
+                    "ctx_a": f"[header] {maker.words()} [title] {maker.words()}",
+                    "ctx_b": maker.words(),
+                    "endings": [f"{maker.words()}  {maker.words()} [step]" for _ in range(4)],
+                    "label": str(maker.index(4)),
+                }
+                for n in range(number)
+            ),
+        )
+    for split, number in (("test", count), ("train", 7)):
+        for subject in ("ARC-Easy", "ARC-Challenge"):
+            write_jsonl(
+                data / f"arc/{subject}/{split}.jsonl",
+                (
+                    {
+                        "question": maker.words(3, 20),
+                        "choices": {"text": [maker.words() for _ in "ABCD"], "label": ["A", "B", "C", "D"]},
+                        "answerKey": maker.letter(),
+                    }
+                    for _ in range(number)
+                ),
+            )
         write_jsonl(
             data / f"gsm8k/{split}.jsonl",
             (
@@ -129,4 +135,17 @@ def make(data: Path, count: int = 6) -> None:
                 for _ in range(number)
             ),
         )
+    write_jsonl(
+        data / "humaneval/HumanEval.jsonl",
+        (
+            {
+                "task_id": f"HumanEval/{n}",
+                "prompt": f'def f{n}(x):\n    """{maker.words()}"""\n',
+                "canonical_solution": "    return x\n",
+                "test": f"def check(candidate):\n    assert candidate({n}) == {n}\n",
+                "entry_point": f"f{n}",
+            }
+            for n in range(3)
+        ),
+    )
     write_jsonl(data / "text.jsonl", ({"text": maker.words(1, 200)} for _ in range(count)))

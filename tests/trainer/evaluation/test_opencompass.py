@@ -1,35 +1,16 @@
-"""OpenCompass gets a configuration with the arguments that its model takes."""
+"""OpenCompass gets a configuration like its own ones of InternLM, for a base model and for one that chats."""
 
 from __future__ import annotations
 
 import ast
+import json
 from pathlib import Path
 from typing import Any
 
+import pytest
 from typer.testing import CliRunner
 
 from internlm_trainer.cli import app
-
-# Of opencompass.models.HuggingFaceCausalLM, and what its runner takes out before.
-SIGNATURE = {
-    "path": str,
-    "hf_cache_dir": str,
-    "max_seq_len": int,
-    "tokenizer_path": str,
-    "tokenizer_kwargs": dict,
-    "peft_path": str,
-    "tokenizer_only": bool,
-    "model_kwargs": dict,
-    "generation_kwargs": dict,
-    "meta_template": dict,
-    "extract_pred_after_decode": bool,
-    "batch_padding": bool,
-    "pad_token_id": int,
-    "mode": str,
-    "use_fastchat_template": bool,
-    "end_str": str,
-}
-OF_THE_RUNNER = {"type": str, "abbr": str, "max_out_len": int, "batch_size": int, "run_cfg": dict}
 
 
 def value(node: ast.expr) -> Any:
@@ -45,23 +26,51 @@ def value(node: ast.expr) -> Any:
             return ast.literal_eval(node)
 
 
-def test_the_configuration_is_of_the_exported_model(folder: Path, tmp_path: Path) -> None:
-    run = CliRunner().invoke
-    out = tmp_path / "it's mine"
-    assert run(app, ["export", str(folder / "checkpoints"), str(out)]).exit_code == 0
-    shown = run(app, ["eval", "opencompass", str(out), "--gpus", "2"])
+@pytest.fixture(scope="module")
+def exported(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("opencompass") / "it's mine"
+    assert CliRunner().invoke(app, ["export", str(folder / "checkpoints"), str(out)]).exit_code == 0
+    return out
+
+
+# Names as in OpenCompass 0.5: its tokenizer, devices and stop words are those of the model's folder by default.
+@pytest.mark.parametrize(
+    ("options", "kind"),
+    [((), "HuggingFaceBaseModel"), (("--chat",), "HuggingFacewithChatTemplate")],
+    ids=["base", "chat"],
+)
+def test_the_configuration_is_of_the_exported_model(
+    exported: Path, options: tuple[str, ...], kind: str
+) -> None:
+    shown = CliRunner().invoke(app, ["eval", "opencompass", str(exported), "--gpus", "2", *options])
     assert shown.exit_code == 0, shown.output
     imported, assigned = ast.parse(shown.output).body
-    assert ast.unparse(imported) == "from opencompass.models import HuggingFaceCausalLM"
+    assert ast.unparse(imported) == f"from opencompass.models import {kind}"
     assert isinstance(assigned, ast.Assign)
     assert ast.unparse(assigned.targets[0]) == "models"
-    (model,) = value(assigned.value)
-    known = SIGNATURE | OF_THE_RUNNER
-    assert {name: type(found) for name, found in model.items()} == {name: known[name] for name in model}
-    assert model["type"] == "HuggingFaceCausalLM"
-    assert (model["path"], model["max_seq_len"]) == (str(out), 160)
-    assert model["model_kwargs"] == {"device_map": "auto", "torch_dtype": "torch.bfloat16"}
-    assert model["run_cfg"]["num_gpus"] == 2
+    assert value(assigned.value) == [
+        {
+            "type": kind,
+            "abbr": "it's mine",
+            "path": str(exported),
+            "model_kwargs": {"torch_dtype": "torch.bfloat16"},
+            "tokenizer_kwargs": {"model_input_names": ["input_ids", "attention_mask"]},
+            "max_seq_len": 160,
+            "max_out_len": 80,
+            "batch_size": 8,
+            "run_cfg": {"num_gpus": 2},
+        }
+    ]
+
+
+def test_a_model_without_chat_template_is_no_chat_model(exported: Path, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_bytes((exported / "config.json").read_bytes())
+    command = ["eval", "opencompass", str(tmp_path), "--chat"]
+    refused = CliRunner().invoke(app, command)
+    assert refused.exit_code == 65
+    assert "has no chat template" in refused.output.replace("\n", " ")
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": "{{ messages }}"}))
+    assert CliRunner().invoke(app, command).exit_code == 0
 
 
 def test_another_folder_is_refused(tmp_path: Path) -> None:

@@ -9,6 +9,9 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from internlm_operator.api import API_VERSION, KIND
+from internlm_operator.manifest import JobError, parse_job
+from internlm_trainer import sandbox
 from internlm_trainer.cli import app
 from internlm_trainer.data.tokenizer import Tokenizer
 from internlm_trainer.evaluation.tasks import TASKS, Question, Writing
@@ -17,7 +20,9 @@ from internlm_trainer.generate import Decoder
 from internlm_trainer.weights.load import load_model
 from internlm_trainer.weights.recognise import open_weights
 from trainer.evaluation.sets import write_jsonl
+from trainer.isolated import can_isolate
 
+DOCS = Path(__file__).parents[3] / "docs"
 PROBLEM = {
     "task_id": "HumanEval/0",
     "prompt": "def double(x):\n",
@@ -79,16 +84,38 @@ def test_a_program_is_right_if_it_passes_its_tests_to_the_end(text: str, passes:
     import dataclasses
 
     task = dataclasses.replace(writing("humaneval"), seconds=2)
-    assert grade(task, task.ask(PROBLEM), text) == {"pass@1": passes}
+    assert grade(task, task.ask(PROBLEM), text, can_isolate()) == {"pass@1": passes}
 
 
-def test_programs_run_only_where_that_is_allowed(folder: Path, tmp_path: Path) -> None:
+def test_programs_run_only_where_that_is_allowed(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     write_jsonl(tmp_path / "humaneval/HumanEval.jsonl", [PROBLEM])
     command = ["eval", str(folder / "checkpoints"), "--tasks", "humaneval", "--data", str(tmp_path)]
     refused = CliRunner().invoke(app, command)
     assert refused.exit_code == 65
     assert "give --run-code" in refused.output
-    done = CliRunner().invoke(app, [*command, "--run-code", "--max-tokens", "8", "--json"])
+    monkeypatch.setenv("PATH", str(tmp_path))  # without unshare(1)
+    sandbox.isolation.cache_clear()
+    refused = CliRunner().invoke(app, [*command, "--run-code"])
+    sandbox.isolation.cache_clear()
+    assert refused.exit_code == 65
+    assert "give --no-isolation" in refused.output
+    done = CliRunner().invoke(app, [*command, "--run-code", "--no-isolation", "--max-tokens", "8", "--json"])
     assert done.exit_code == 0, done.output
     (found,) = json.loads(done.stdout)["results"]
     assert (found["questions"], found["metrics"]["pass@1"]) == (1, 0.0)
+
+
+def test_a_job_that_asks_for_programs_is_refused_as_documented() -> None:
+    spec = {
+        "nodes": 1,
+        "model": {"layers": 2, "hiddenSize": 64, "heads": 4, "vocabSize": 512, "seqLen": 128},
+        "data": {"tokenizer": "tokenizer.model", "train": [{"path": "train"}]},
+        "training": {"steps": 1},
+        "checkpoint": {"path": "checkpoints"},
+        "evaluation": {"tasks": ["humaneval"], "data": "sets"},
+    }
+    with pytest.raises(JobError) as refused:
+        parse_job({"apiVersion": API_VERSION, "kind": KIND, "metadata": {"name": "job"}, "spec": spec})
+    assert str(refused.value) in (DOCS / "evaluate.md").read_text().splitlines()

@@ -63,6 +63,12 @@ def run(
             "--run-code", help="Run the programs that the model writes, in a sandbox: for humaneval."
         ),
     ] = False,
+    no_isolation: Annotated[
+        bool,
+        typer.Option(
+            "--no-isolation", help="With --run-code: the programs may reach the network and other processes."
+        ),
+    ] = False,
     samples: Annotated[
         str | None, typer.Option(help="Write each question with its scores to this file (jsonl).")
     ] = None,
@@ -83,6 +89,7 @@ def run(
     Prompts and metrics are those of lm-evaluation-harness. On a GPU in bf16 if there is one, else on the CPU in fp32.
     """
     from internlm_trainer.evaluation.run import Settings, evaluate, needs_code, prepare
+    from internlm_trainer.sandbox import isolation
     from internlm_trainer.storage import user_errors, write_whole
 
     names = [name.strip() for name in tasks.split(",") if name.strip()]
@@ -92,6 +99,8 @@ def run(
         raise UserError(
             f"--tasks {unsafe[0]}: runs programs that the model writes; give --run-code if that may be"
         )
+    if not no_isolation and any(map(needs_code, names)):
+        isolation()
     # Before the weights are read: mistakes in files are found at once.
     work = prepare(names, data, text or (), shots, limit)
     with store_errors():
@@ -100,8 +109,9 @@ def run(
         )
     if stride and stride > scorer.context:
         raise UserError(f"--stride {stride}: a window has {scorer.context} tokens; give no more than that")
+    settings = Settings(stride, rows, max_tokens, not no_isolation)
     results, lines = [], list[str]()
-    for result, found in evaluate(scorer, words, work, Settings(stride, rows, max_tokens), bar):
+    for result, found in evaluate(scorer, words, work, settings, bar):
         results.append(result)
         lines += [_line(result.task, sample) for sample in found]
     if samples:
@@ -120,6 +130,10 @@ def opencompass(
         Path, typer.Argument(help="Folder that internlm export --format hf wrote.", show_default=False)
     ],
     gpus: Annotated[int, typer.Option(min=1, help="GPUs that hold the model together.")] = 1,
+    chat: Annotated[
+        bool,
+        typer.Option("--chat", help="It was trained on chats: ask it through the tokenizer's chat template."),
+    ] = False,
 ) -> None:
     """Print an exported model's configuration for OpenCompass: internlm eval opencompass out > models.py."""
     from internlm_trainer.evaluation.opencompass import configuration
@@ -132,7 +146,7 @@ def opencompass(
             f"MODEL: {model} is no folder of an exported model ({error}); write one with internlm export"
         ) from error
     path = model.resolve()
-    typer.echo(configuration(str(path), path.name, dtype, context, gpus), nl=False)
+    typer.echo(configuration(str(path), path.name, dtype, context, gpus, chat), nl=False)
 
 
 @app.command()

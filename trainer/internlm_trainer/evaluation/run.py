@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -13,13 +14,15 @@ from internlm_trainer.data.tokenizer import Tokenizer
 from internlm_trainer.errors import UserError
 from internlm_trainer.evaluation.likelihood import Likelihood, Progress, Scorer, request_of
 from internlm_trainer.evaluation.perplexity import perplexity, requests_of
-from internlm_trainer.evaluation.records import RecordFile, find, texts
+from internlm_trainer.evaluation.records import Record, RecordFile, find, texts
 from internlm_trainer.evaluation.tasks import TASKS, Question, Task, Writing
 from internlm_trainer.evaluation.writing import grade, write
 from internlm_trainer.generate import Decoder
 from internlm_trainer.storage import join
 
 _STDERR = "_stderr"
+# With which lm-evaluation-harness draws examples, a generator for each subject, where no other is asked for.
+_SEED = 1234
 Bars = Callable[[str, int], AbstractContextManager[Progress]]
 
 
@@ -53,12 +56,13 @@ class Settings(NamedTuple):
     """How it is done.
 
     stride: of the windows of texts; default: the context.  rows: answers that are written at once.  max_tokens: of an
-    answer; default: the task's own.
+    answer; default: the task's own.  isolated: whether programs that the model writes run without network.
     """
 
     stride: int | None = None
     rows: int = 8
     max_tokens: int | None = None
+    isolated: bool = True
 
 
 class Result(NamedTuple):
@@ -140,7 +144,11 @@ def answer(
     tokens = settings.max_tokens or task.max_tokens
     texts = write(decoder, tokenizer, [item.prompt for item in items], task.stop, tokens, progress)
     return [
-        Sample(item, grade(task, item.question, text), {"answer": text, "expected": item.question.answer})
+        Sample(
+            item,
+            grade(task, item.question, text, settings.isolated),
+            {"answer": text, "expected": item.question.answer},
+        )
         for item, text in zip(items, texts, strict=True)
     ]
 
@@ -193,21 +201,26 @@ def _items(
     example_files: Iterable[RecordFile],
     limit: int | None,
 ) -> Iterator[Item]:
-    examples = list(islice(_questions(task, example_files), shots))
-    if len(examples) < shots:
+    pool = list(_records(example_files)) if shots else []
+    if len(pool) < shots:
         splits = " or ".join(task.examples) or "example"
         raise UserError(
-            f"--shots {shots}: {task.name} has {len(examples)} examples of {subject or 'its questions'}, which are in "
-            f"its {splits} files; copy those too, or give --shots {len(examples)}"
+            f"--shots {shots}: {task.name} has {len(pool)} examples of {subject or 'its questions'}, which are in "
+            f"its {splits} files; copy those too, or give --shots {len(pool)}"
         )
-    for question in islice(_questions(task, files), limit):
+    draw, number = random.Random(_SEED), min(shots + task.spare, len(pool))  # noqa: S311
+    for record in islice(_records(files), limit):
+        question = task.read(*record)
+        chosen = draw.sample(pool, number) if task.drawn else pool
+        examples = [task.read(*one) for one in chosen[:shots]]
         yield Item(subject, task.prompt(subject, examples, question), shots, question)
 
 
-def _questions(task: Task, files: Iterable[RecordFile]) -> Iterator[Question]:
+def _records(files: Iterable[RecordFile]) -> Iterator[tuple[Record, str]]:
+    """All records, each with its place in words."""
     for file in files:
         for number, record in enumerate(file.records(), start=1):
-            yield task.read(record, f"{file.url}, record {number}")
+            yield record, f"{file.url}, record {number}"
 
 
 def choose(

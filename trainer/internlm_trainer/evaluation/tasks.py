@@ -46,7 +46,11 @@ class Task:
     ask: Callable[[Record], Question]
     examples: tuple[str, ...] = ()
     shots: int = 0
-    """Examples before a question, where no number is asked for: the first ones of their split."""
+    """Examples before a question, where no number is asked for."""
+    drawn: bool = False
+    """Whether each question's examples are drawn at random, instead of the first ones of their split."""
+    spare: int = 0
+    """Examples that are drawn after those that are shown."""
     intro: Callable[[str], str] = lambda _: ""
     """What the prompts of a subject begin with."""
     subjects: str = ""
@@ -234,10 +238,11 @@ _TASKS = (
         _agieval,
         subjects="(?!(agieval-)?(math|gaokao-mathcloze)$|few_shot)",
     ),
-    Task("boolq", "boolq", ("validation", "dev"), _boolq, examples=("train",)),
-    Task("hellaswag", "hellaswag", ("validation",), _hellaswag, examples=("train",)),
-    Task("arc_easy", "arc", ("test",), _arc, examples=("train",), subjects="ARC-Easy$"),
-    Task("arc_challenge", "arc", ("test",), _arc, examples=("train",), subjects="ARC-Challenge$"),
+    # Of sets without a test split the harness draws one more, to leave out the question if it is among them.
+    Task("boolq", "boolq", ("validation", "dev"), _boolq, examples=("train",), drawn=True, spare=1),
+    Task("hellaswag", "hellaswag", ("validation",), _hellaswag, examples=("train",), drawn=True, spare=1),
+    Task("arc_easy", "arc", ("test",), _arc, examples=("train",), drawn=True, subjects="ARC-Easy$"),
+    Task("arc_challenge", "arc", ("test",), _arc, examples=("train",), drawn=True, subjects="ARC-Challenge$"),
     Writing(
         "gsm8k",
         "gsm8k",
@@ -245,6 +250,7 @@ _TASKS = (
         _gsm8k,
         examples=("train",),
         shots=5,
+        drawn=True,
         subjects="(?!socratic)",
         stop=("Question:", "</s>", "<|im_end|>"),
         grade=_gsm8k_grade,

@@ -57,12 +57,16 @@ def write(
     return answers
 
 
-def grade(task: Writing, question: Question, text: str) -> dict[str, float]:
-    """What an answer is worth.  Runs programs that it makes: for the caller to have been asked to."""
+def grade(task: Writing, question: Question, text: str, isolated: bool = True) -> dict[str, float]:
+    """What an answer is worth.  Runs programs that it makes: for the caller to have been asked to.
+
+    isolated: without network.  Raises UserError where that is not possible.
+    """
     if task.program is not None:
         # A program that ends itself before its tests do does not know this.
         word = secrets.token_hex(16)
         program = f"{task.program(question, text)}\nprint({word!r})\n"
-        return {"pass@1": float(word in run_python(program, task.seconds, output=_OUTPUT).output)}
+        ran = run_python(program, task.seconds, output=_OUTPUT, isolated=isolated)
+        return {"pass@1": float(word in ran.output)}
     assert task.grade is not None
     return task.grade(question, text)
