@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from internlm_operator.api import FailureClass
-from internlm_operator.failures import Failure
+from internlm_operator.failures import OVER_LIMIT, Failure
 from internlm_operator.nodes import NodeHealth
 
 # Reasons that say it all, whoever gave them.
@@ -22,6 +22,7 @@ _BY_REASON: dict[str, FailureClass] = {
     "DataError": "DataError",
     "OutOfMemory": "OutOfMemory",
     "OOMKilled": "OutOfMemory",
+    OVER_LIMIT: "OutOfMemory",
     # The trainer was told to stop, and could save.
     "Stopped": "Preemption",
     "PodDeleted": "Preemption",

@@ -1,7 +1,8 @@
 """The shell around `reconcile`: it gathers what there is, asks for a plan and carries it out.
 
 Watch events only fill caches and wake a job's key; a cache may be behind, so a plan that rests on pods which are not
-there is made again on what the API server says at that moment before it is carried out.
+there is made again on what the API server says at that moment before it is carried out, and so is the first one of a
+replica that has come to lead that does anything.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import logging
 import random
 import time
 from collections import defaultdict
+from collections.abc import Hashable
 from dataclasses import replace
 from datetime import datetime
 from typing import Any
@@ -21,6 +23,7 @@ from internlm_operator import metrics
 from internlm_operator.api import KIND, ExcludedNode
 from internlm_operator.caches import Pods, trim_job, version
 from internlm_operator.executor import Executor, RefusedError, last_attempt
+from internlm_operator.failures import is_over
 from internlm_operator.inplace import Agent, Directive, attempt_of_pods, directive
 from internlm_operator.kube import ApiError, Kube
 from internlm_operator.limits import Buckets
@@ -46,12 +49,12 @@ Key = tuple[str, str]
 WORKERS = 8
 # What the workers of a running job share is applied again this often, with one of its readings.
 APPLY_AGAIN_SECONDS = 900.0
-# A watch that was cut off may have lost events; every job that is not finished is read anew this often.
-RESYNC_SECONDS = 300.0
+# A watch that was cut off may have lost events; every job is read anew this often, and one that is finished so often.
+RESYNC_SECONDS, FINISHED_RESYNC_SECONDS = 300.0, 3600.0
 # But no more of them a second than this.
 RESYNC_RATE = 10.0
-# At most one reading of all jobs in this time, however many events tell that a watch began anew.
-RELIST_SECONDS = 5.0
+# Objects a second that the list certainly brings with which a watch begins.
+LIST_RATE = 500.0
 # Deleted nodes that are remembered, until no pod is said to be on them any more.
 MAX_GONE_NODES = 1000
 # Looks at one job for its reports, a second.
@@ -77,10 +80,13 @@ class Controller:
         self._agents: dict[Key, dict[int, Agent]] = defaultdict(dict)
         self._applied: dict[Key, tuple[str, float]] = {}
         self._refused: dict[Key, Refusal] = {}
-        self._read_at: dict[Key, float] = {}
+        # When each job is to be read anew; 0, as for those that are not here: with the next look.
+        self._due: dict[Key, float] = {}
+        # Those that another replica worked on, and that were not read since.
+        self._unread: set[Key] = set()
         self._meanwhile: dict[Key, dict[str, bool]] = {}
-        self._watched: set[str] = set()
-        self._relisted_at = float("-inf")
+        self._told: dict[str, set[Hashable]] = defaultdict(set)
+        self._sweeps: set[str] = set()
         self._looks: Buckets[Key] = Buckets(LOOKS_RATE, LOOKS_BURST)
         self._progress_writes: Buckets[None] = Buckets(PROGRESS_WRITES_RATE, PROGRESS_WRITES_RATE)
         self._listening_since = self._kube.now()
@@ -89,14 +95,31 @@ class Controller:
     async def run(self, stop: asyncio.Event) -> None:
         """Lead: work on jobs until `stop` or until cancelled."""
         # Another replica may have led since: what was heard, applied, refused or read before says nothing now.
-        memories: list[dict[Key, Any]] = [self._reports, self._agents]
-        memories += [self._applied, self._refused, self._read_at]
+        memories: list[dict[Key, Any]] = [self._reports, self._agents, self._applied, self._refused]
         for memory in memories:
             memory.clear()
+        self._unread.clear()
         self._listening_since = self._kube.now()
-        for key in self._jobs:
+        self._queue = WorkQueue(self._reconcile)
+        for key, job in sorted(self._jobs.items(), key=lambda item: _phase(item[1]) == "Running"):
+            if self._due.get(key) != 0.0:
+                self._put_off(key, job)
             self._queue.add(key)
         await self._queue.run(WORKERS, stop)
+
+    def _put_off(self, key: Key, job: Object) -> None:
+        """Let a job that is there already wait for its turn to be read: the watch has told of it and its pods.
+
+        Reading and applying all jobs when a replica comes to lead took minutes, in which nobody saw failures.
+        Until its turn a job's plan is made on what the watch tells, and carried out only if it does nothing but
+        write the status, for the resourceVersion that is known; what the workers share is taken for applied.
+        """
+        if _is_finished(job):
+            wait = random.uniform(0.0, FINISHED_RESYNC_SECONDS)  # noqa: S311
+        else:
+            wait = len(self._unread) / RESYNC_RATE
+            self._unread.add(key)
+        self._due[key] = time.monotonic() + wait
 
     # What the watches and the job channel tell
 
@@ -105,41 +128,48 @@ class Controller:
         key = _key(job, job["metadata"]["name"])
         known = self._jobs.get(key)
         if type == "DELETED":
-            self._watched.discard(job["metadata"]["uid"])
             if known is None or known["metadata"]["uid"] == job["metadata"]["uid"]:
+                self._told["jobs"].discard(key)
                 self._forget(key)
         else:
-            self._note_watched(type, job)
+            self._note_told("jobs", type, key)
             if type == "ADDED" and known is None and not job.get("status"):
                 # A job that is born before our eyes has nothing yet that would have to be read.
-                self._read_at[key] = time.monotonic()
+                self._due[key] = time.monotonic() + self._seconds_between_readings(job)
+            found = type is None and known is None and bool(job.get("status"))
+            if found:
+                self._put_off(key, job)
             # What this process wrote itself is known already.
             if self._keep_job(key, job) is not known:
-                self._queue.add(key)
+                self._queue.add(key, after=self._list_seconds() if found else 0.0)
 
     def on_pod(self, type: str | None, pod: Object) -> None:
         """A watch event of a pod with the job's label."""
         key = _key(pod, (pod["metadata"].get("labels") or {}).get(JOB_LABEL, ""))
         uid, pods = pod["metadata"]["uid"], self._pods[key]
         if type == "DELETED":
-            self._watched.discard(uid)
+            self._told["pods"].discard(uid)
             news = pods.drop(pod)
         else:
-            self._note_watched(type, pod)
+            self._note_told("pods", type, uid)
             news = pods.put(pod)
         if key in self._meanwhile:
             self._meanwhile[key][uid] = type != "DELETED"
         if not pods:
             del self._pods[key]
         if news and key in self._jobs:
-            self._queue.add(key)
+            # A list brings a gang's pods one by one: until all are told, others seem to be missing.
+            rest_follows = type is None and key in self._unread and not is_over(pod)
+            self._queue.add(key, after=self._list_seconds() if rest_follows else 0.0)
 
     def on_node(self, type: str | None, node: Object) -> None:
         """A watch event of a node."""
         name = node["metadata"]["name"]
         if type != "DELETED":
+            self._note_told("nodes", type, name)
             self._nodes[name] = health_of(node, self._settings.node_signs)
             return
+        self._told["nodes"].discard(name)
         self._nodes[name] = GONE
         gone = [name for name, health in self._nodes.items() if health.gone]
         for oldest in gone[:-MAX_GONE_NODES]:
@@ -223,7 +253,7 @@ class Controller:
             return await self._decide(key)
         except ApiError as error:
             if error.code == 409:
-                self._read_at.pop(key, None)
+                self._due.pop(key, None)
             raise RetryError(str(error)) from error
         finally:
             del self._meanwhile[key]
@@ -232,16 +262,16 @@ class Controller:
         job = self._jobs.get(key)
         if job is None:
             return None
-        live = self._is_due_to_be_read(key, job)
+        live = time.monotonic() >= self._due.get(key, 0.0)
         _, applied_at = self._applied.get(key, ("", 0.0))
-        waits = _status_of(job).get("phase") != "Running"
+        waits = _phase(job) != "Running"
         if live and (waits or time.monotonic() - applied_at >= APPLY_AGAIN_SECONDS):
             # Somebody may have deleted or changed what the workers wait for, or will when they start again.
             self._applied.pop(key, None)
         if live:
             job = await self._read(key)
         plan = reconcile(job, self.observe(key), self._kube.now()) if job else Plan()
-        if plan.decisive and not live:
+        if not live and (plan.decisive or (plan.actions and key in self._unread)):
             job = await self._read(key)
             plan = reconcile(job, self.observe(key), self._kube.now()) if job else Plan()
         if job is None:
@@ -253,14 +283,12 @@ class Controller:
             return 0.0
         if plan.important and plan.status is not None:
             self._queue.add(key)
-        if _is_finished(job):
-            return plan.wake_after
-        return min(RESYNC_SECONDS, plan.wake_after if plan.wake_after is not None else RESYNC_SECONDS)
+        wait = max(0.0, self._due.get(key, 0.0) - time.monotonic())
+        return wait if plan.wake_after is None else min(wait, plan.wake_after)
 
-    def _is_due_to_be_read(self, key: Key, job: Object) -> bool:
-        """Whether to read a job and its pods anew: at first, and then once in a while."""
-        seconds = max(RESYNC_SECONDS, len(self._jobs) / RESYNC_RATE)
-        return not _is_finished(job) and time.monotonic() - self._read_at.get(key, -seconds) >= seconds
+    def _seconds_between_readings(self, job: Object) -> float:
+        seconds = FINISHED_RESYNC_SECONDS if _is_finished(job) else RESYNC_SECONDS
+        return max(seconds, len(self._jobs) / RESYNC_RATE)
 
     async def _read(self, key: Key) -> Object | None:
         """Fetch the job and its pods into the caches; None if the job is gone."""
@@ -281,18 +309,22 @@ class Controller:
                 found.put(pod)
         if found:
             self._pods[key] = found
-        self._read_at[key] = time.monotonic()
+        self._due[key] = time.monotonic() + self._seconds_between_readings(job)
+        self._unread.discard(key)
         return self._keep_job(key, job)
 
     def observe(self, key: Key) -> Observed:
         """What is known of a job besides itself."""
         report, report_time = self._reports.get(key, (None, None))
+        applied = self._applied.get(key, ("", 0.0))[0]
+        if key in self._unread:
+            applied = shared_digest(self._jobs[key], self._settings)
         return Observed(
             settings=self._settings,
             pods=list(self._pods.get(key, ())),
             report=report,
             report_time=report_time,
-            applied=self._applied.get(key, ("", 0.0))[0],
+            applied=applied,
             refused=self._refused.get(key),
             agents=dict(self._agents.get(key, {})),
             nodes=self._nodes,
@@ -308,10 +340,12 @@ class Controller:
             if patch:
                 job = self._keep_job(key, await self._kube.patch_status(job, patch))
                 metrics.note_transition(old, _status_of(job), self._kube.now())
+        complete = True
         try:
             for kind, actions in itertools.groupby(plan.actions, _step):
                 together = list(actions)
-                await self._executor.carry_out(job, together, functools.partial(self._keep_pod, key))
+                keep = functools.partial(self._keep_pod, key)
+                complete &= await self._executor.carry_out(job, together, keep)
                 if any(isinstance(action, Apply) for action in together):
                     self._applied[key] = shared_digest(job, self._settings), time.monotonic()
                 if kind is Create:
@@ -320,13 +354,13 @@ class Controller:
             known, reason = self._refused.get(key), error.refusal.reason
             about = {"job": "/".join(key), "attempt": last_attempt(job), "reason": reason}
             logger.warning("%s", error.refusal.message, extra=about)
-            if _status_of(job).get("phase") == "Running":
+            if _phase(job) == "Running":
                 # Its workers have what they share; it is applied again with the next turn, not at every look.
                 self._applied[key] = shared_digest(job, self._settings), time.monotonic()
                 return False
             self._refused[key] = error.refusal
             return known != error.refusal
-        return False
+        return not complete
 
     # Caches
 
@@ -361,31 +395,54 @@ class Controller:
             self._excluded[key] = found
 
     def _forget(self, key: Key) -> None:
+        self._unread.discard(key)
         caches: list[dict[Key, Any]] = [
             self._jobs,
+            self._pods,
             self._reports,
             self._agents,
             self._applied,
             self._refused,
-            self._read_at,
+            self._due,
             self._excluded,
         ]
         for cache in caches:
             cache.pop(key, None)
 
-    def _note_watched(self, type: str | None, resource: Object) -> None:
-        """Notice when a watch begins anew: it may have missed deletions, so jobs are read anew."""
-        uid = resource["metadata"]["uid"]
-        again = type is None and uid in self._watched
-        self._watched.add(uid)
-        if not again or time.monotonic() - self._relisted_at < RELIST_SECONDS:
+    def _list_seconds(self) -> float:
+        """Until a list that has just begun to come is there as a whole."""
+        return 1.0 + sum(map(len, self._told.values())) / LIST_RATE
+
+    def _note_told(self, kind: str, type: str | None, name: Hashable) -> None:
+        """Notice when a watch begins anew, with a list: what was deleted meanwhile is not in it, and no event tells."""
+        if type is None and name in self._told[kind] and kind not in self._sweeps:
+            self._sweeps.add(kind)
+            asyncio.get_running_loop().call_later(self._list_seconds(), self._sweep, kind)
+            self._told[kind] = set()
+        self._told[kind].add(name)
+
+    def _sweep(self, kind: str) -> None:
+        """See after what the list with which the watch of this kind began anew has not brought."""
+        self._sweeps.discard(kind)
+        told = self._told[kind]
+        if kind == "nodes":
+            # One that is not known is taken for good, so that no harm is done if it comes yet.
+            self._nodes = {
+                name: health for name, health in self._nodes.items() if health.gone or name in told
+            }
             return
-        self._relisted_at = time.monotonic()
-        self._watched = {uid}
-        for key, job in self._jobs.items():
-            if not _is_finished(job):
-                self._read_at.pop(key, None)
-                self._queue.add(key, after=1.0)
+        if kind == "jobs":
+            doubtful = [key for key in self._jobs if key not in told]
+        else:
+            doubtful = [
+                key for key, pods in self._pods.items() if any(p["metadata"]["uid"] not in told for p in pods)
+            ]
+        for key in doubtful:
+            if key in self._jobs:
+                self._due[key] = 0.0
+                self._queue.add(key)
+            else:
+                del self._pods[key]
 
 
 def _key(resource: Object, job_name: str) -> Key:
@@ -399,6 +456,10 @@ def _step(action: Action) -> type[Action]:
 
 def _status_of(job: Object | None) -> Object:
     return (job or {}).get("status") or {}
+
+
+def _phase(job: Object) -> str:
+    return str(_status_of(job).get("phase"))
 
 
 def _is_finished(job: Object) -> bool:

@@ -18,8 +18,9 @@ from internlm_operator.plan import Action, Apply, Create, Delete, Event, owner_o
 from internlm_operator.times import stamp
 from internlm_operator.waits import Refusal
 
-# Requests of one plan that are under way at once.
-PARALLEL_REQUESTS = 32
+# Requests of one plan that are under way at once, and how long further ones are begun: what a look makes and deletes
+# is what the API server does in that time, however fast it is, and the next look goes on.
+PARALLEL_REQUESTS, BEGIN_SECONDS = 16, 0.25
 # Answers to a creation that mean "not like this" or "not now", rather than trouble on the way.
 REFUSALS = (400, 403, 422)
 MAX_EVENT_MESSAGE = 1024
@@ -48,24 +49,33 @@ class Executor:
         self._kube = kube
         self._events: Buckets[tuple[str, str]] = Buckets(EVENTS_RATE, EVENTS_BURST)
 
-    async def carry_out(self, job: Object, actions: Sequence[Action], tell: Tell) -> None:
+    async def carry_out(self, job: Object, actions: Sequence[Action], tell: Tell) -> bool:
         """Do these actions at the same time, and tell what became of pods before any watch does.
 
+        False if some were left for the next look, since there was no time to begin them all.
         Raises RefusedError, and ApiError, of the first that fails, when none is under way any more.
         """
-        limit = asyncio.Semaphore(PARALLEL_REQUESTS)
+        limit, begun = asyncio.Semaphore(PARALLEL_REQUESTS), 0
+        until = time.monotonic() + BEGIN_SECONDS
         deleted = [f"{action.kind} {action.name}" for action in actions if isinstance(action, Delete)]
         if deleted:
             more = f" and {len(deleted) - 1} more" if len(deleted) > 1 else ""
             logger.info("deletes %s%s", deleted[0], more, extra=_about(job))
 
-        async def limited(action: Action) -> None:
+        async def limited(action: Action) -> bool:
+            nonlocal begun
             async with limit:
+                if begun >= PARALLEL_REQUESTS and time.monotonic() >= until:
+                    return False
+                begun += 1
                 await self._do(job, action, tell)
+                return True
 
-        for result in await asyncio.gather(*map(limited, actions), return_exceptions=True):
+        results = await asyncio.gather(*map(limited, actions), return_exceptions=True)
+        for result in results:
             if isinstance(result, BaseException):
                 raise result
+        return all(results)
 
     async def _do(self, job: Object, action: Action, tell: Tell) -> None:
         namespace, name, about = job["metadata"]["namespace"], job["metadata"]["name"], _about(job)
@@ -116,7 +126,7 @@ class Executor:
             sentence = f"{kind} {name} exists and is not this job's: delete it, or give the job another name."
             raise RefusedError(Refusal(409, sentence, kind))
         if isinstance(action, Apply):
-            await self._kube.apply(action.object)
+            await self._kube.apply(action.object, known)
         elif known is not None and JOB_LABEL not in (known["metadata"].get("labels") or {}):
             await self._kube.delete(kind, namespace, name, known["metadata"]["uid"])
             sentence = f"Pod {name} lost its label {JOB_LABEL}, by which it is found, and is deleted."

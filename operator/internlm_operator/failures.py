@@ -24,6 +24,15 @@ OUT_OF_MEMORY = "OutOfMemory"
 LOST = "PodLost"
 # What a pod's agent says of processes that do not go on.
 HUNG = "Hung"
+# A pod that the kubelet evicted for its own sake, and not for the node's.
+OVER_LIMIT = "StorageLimitExceeded"
+# What the kubelet says of such a pod (pkg/kubelet/eviction/helpers.go), and what of the job gives it more.
+_LIMITS = (
+    ('Usage of EmptyDir volume "shm" exceeds the limit', "spec.sharedMemory"),
+    ("Usage of EmptyDir volume", "emptyDir.sizeLimit of this volume in spec.template"),
+    ("ephemeral local storage usage exceeds the total limit", "limits.ephemeral-storage in spec.template"),
+    ("exceeded its local ephemeral storage limit", "limits.ephemeral-storage in spec.template"),
+)
 MAX_MESSAGE = 1024
 
 # What gloo, NCCL, TCPStore and torchrun say when the *other* side went away.
@@ -251,7 +260,12 @@ def _ended_pod(pod: Pod) -> Failure:
 
 def _disruption(pod: Pod) -> tuple[str, str] | None:
     """(reason, message) where Kubernetes itself took the pod away."""
-    status = pod.get("status") or {}
+    found = _taken_away(pod.get("status") or {})
+    more = next((what for words, what in _LIMITS if found and words in found[1]), None)
+    return (OVER_LIMIT, f"{found[1].strip()} Write less there, or raise {more}.") if found and more else found
+
+
+def _taken_away(status: dict[str, Any]) -> tuple[str, str] | None:
     for condition in status.get("conditions") or []:
         if condition.get("type") == "DisruptionTarget" and condition.get("status") == "True":
             text = condition.get("message") or status.get("message") or "Kubernetes took the pod away."

@@ -18,8 +18,9 @@ from internlm_operator.times import seconds_since, stamp
 
 # Until all agents have started the processes of an attempt in place; they ask every few seconds.
 READY_SECONDS = 60.0
-# Whose processes run tells so every five seconds: by then an operator that has just taken over has heard of all agents.
-HEARD_SECONDS = 10.0
+# Whose processes run tells so every five seconds, and may take as long to be answered: by then an operator that has
+# just taken over has heard of all agents.
+HEARD_SECONDS = 15.0
 # An agent whose processes have ended asks every second, and hears that the job is finished.
 END_SECONDS = 10.0
 NOT_READY = "InPlaceRestartFailed"
@@ -117,11 +118,15 @@ def ending(pods: list[Pod], agents: Agents, now: datetime) -> set[str]:
     }
 
 
-def seconds_left(attempt: Attempt, now: datetime) -> float | None:
-    """Seconds for which an attempt in place may still wait for its agents; None if it does not wait for any."""
+def seconds_left(attempt: Attempt, listening_since: datetime | None, now: datetime) -> float | None:
+    """Seconds for which an attempt in place may still wait for its agents, which tell nothing to an operator that is
+    not there yet; None if it does not wait for any."""
     if attempt.gang is None or attempt.ready:
         return None
-    return READY_SECONDS - (seconds_since(attempt.start_time, now) or 0.0)
+    waited = seconds_since(attempt.start_time, now) or 0.0
+    if listening_since is not None:
+        waited = min(waited, (now - listening_since).total_seconds())
+    return READY_SECONDS - waited
 
 
 def late(attempt: Attempt, gang: list[Pod], agents: Agents) -> Failure:

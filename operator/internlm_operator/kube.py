@@ -143,12 +143,19 @@ class Kube:
 
     # Writing
 
-    async def apply(self, manifest: Object) -> None:
-        """Make the object so, whatever it was (server-side apply)."""
+    async def apply(self, manifest: Object, known: Object | None = None) -> None:
+        """Make the object so, whoever set it otherwise (server-side apply); it is made if it is not there.
+
+        `known`: the object as it was looked at.  Raises ApiError with code 409 if it is not that any more, by its
+        uid and resourceVersion.
+        """
+        metadata = manifest["metadata"]
+        if known is not None:
+            metadata = metadata | {name: known["metadata"][name] for name in ("uid", "resourceVersion")}
         await self._call(
             "PATCH",
-            _path(manifest["kind"], manifest["metadata"]["namespace"], manifest["metadata"]["name"]),
-            manifest,
+            _path(manifest["kind"], metadata["namespace"], metadata["name"]),
+            manifest | {"metadata": metadata},
             query=[("fieldManager", FIELD_MANAGER), ("force", "true")],
             content_type="application/apply-patch+yaml",
         )

@@ -76,10 +76,13 @@ def to_report(content: ProgressStatus, attempt: int, last: Report | None) -> Rep
         step = total * status.progress_percentage // 100
     if step is None:
         step = last.step if last else 0
+    # Where it resumed is not told. Transformers begins with 0 % in any case, so the first step beyond that is taken.
+    start = last.start_step if last and last.start_step else step
     loss, validation = find(_LOSS), find(_VALIDATION_LOSS)
     return Report.model_validate(
         {
             "attempt": attempt,
+            "startStep": start,
             "step": step,
             "totalSteps": total,
             "loss": loss if loss is not None or last is None else last.loss,

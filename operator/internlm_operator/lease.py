@@ -5,8 +5,8 @@ replicas' clocks need not agree.  The leader believes in its lease for a shorter
 renewal was sent, and `seconds_left` says how long it may still write: `Kube.fenced` asks that before every
 request that changes something, and gives the request no longer.  A leader that was paused, or cut off from the
 API server, therefore writes nothing after another may lead.  Should a process be stopped between that question
-and the socket, its one request still does no harm: the status is written for a known resourceVersion, an object
-is deleted by its uid, and pods carry the number of their attempt.
+and the socket, its one request still does no harm: the status and what workers share are written for a known
+resourceVersion, an object is deleted by its uid, and pods carry the number of their attempt.
 """
 
 from __future__ import annotations

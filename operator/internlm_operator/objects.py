@@ -180,7 +180,14 @@ def digest(*content: Any) -> str:
 def spec_digest(spec: JobSpec) -> str:
     """Equal for specs that make the same gang and train the same way; fields at their default do not count."""
     content = spec.model_dump(mode="json", by_alias=True, exclude_defaults=True)
-    return digest({name: content[name] for name in FROZEN if name in content})
+    asked = {path: _at(content, path) for path in FROZEN}
+    return digest({path: value for path, value in asked.items() if value is not None})
+
+
+def _at(content: Any, path: str) -> Any:
+    for name in path.split("."):
+        content = (content or {}).get(name)
+    return content
 
 
 def worker_pod(

@@ -27,6 +27,8 @@ from internlm_operator.waits import Refusal
 
 # The kubelet kills at the end of the grace; if the pod is still there this much later, its node is gone.
 OVERDUE_SECONDS = 30
+# A worker whose peers are gone hangs in a collective and cannot save; this is for its last log lines.
+CRASH_GRACE_SECONDS = 15
 # Pods that one plan makes, and that it deletes: a look at a job of thousands stays short, and the next one goes on.
 BURST = 16
 

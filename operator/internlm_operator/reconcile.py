@@ -12,7 +12,7 @@ reason says which and why.
 
 | condition       | true                                   | false                                             |
 |-----------------|----------------------------------------|---------------------------------------------------|
-| Queued          | WorkersPending, Unschedulable, SchedulingGated, PodsRefused, QuotaExceeded, NameTaken, NamespaceTerminating, PodSecurityViolated | see below |
+| Queued          | WorkersPending, Unschedulable, SchedulingGated, PodsRefused, QuotaExceeded, NameTaken, NamespaceTerminating, PodSecurityViolated, PolicyDenied, InvalidTemplate | see below |
 | Starting        | WorkersStarting, or the kubelet's reason (ImagePullBackOff...) | see below                 |
 | Running         | WorkersRunning, InvalidSpec            | see below                                         |
 | (none of these) |                                        | InvalidSpec, RestartingInPlace, WaitingToRestart, OldWorkersTerminating, Suspended, Finished |
@@ -29,32 +29,29 @@ from __future__ import annotations
 from datetime import datetime, timedelta
 
 from internlm_operator import evaluation, failures, inplace, nodes, objects
-from internlm_operator.api import KIND, MANAGER, Attempt, JobSpec, Phase
+from internlm_operator.api import MANAGER, Attempt, JobSpec, Phase
 from internlm_operator.causes import cause_of
 from internlm_operator.deadlines import deadline_sentence, is_late, late_start, wake_for_late_start
 from internlm_operator.failures import Failure
+from internlm_operator.finish import fail, note_resume, stay_finished, succeed, suspend
 from internlm_operator.health import note_health
 from internlm_operator.manifest import JobError, parse_job
 from internlm_operator.objects import Object, worker_name
-from internlm_operator.plan import BURST, Apply, Create, Delete, Draft, Observed, Plan, node_of
+from internlm_operator.plan import BURST, CRASH_GRACE_SECONDS, Apply, Create, Draft, Observed, Plan, node_of
 from internlm_operator.recovery import Verdict, could_save, decide, note_failure, restart_delay
 from internlm_operator.status import (
     MAX_ATTEMPTS,
     condition,
     current_attempt,
-    final_failure,
     holds,
     is_finished,
     reset_budget,
     take_last_step,
     take_report,
-    what_is_saved,
 )
 from internlm_operator.times import parse_time, seconds_since, stamp
-from internlm_operator.waits import start_problem
+from internlm_operator.waits import INVALID_TEMPLATE, start_problem
 
-# A worker whose peers are gone hangs in a collective and cannot save; this is for its last log lines.
-CRASH_GRACE_SECONDS = 15
 # How long to wait for the worker that failed by itself, when all that is known is that another lost its peer.
 SETTLE_SECONDS = 3
 REFUSED_RETRY_SECONDS = 10
@@ -79,7 +76,7 @@ def reconcile(job: Object, observed: Observed, now: datetime) -> Plan:
     _note_progress(draft)
     evaluation.follow(draft)
     if is_finished(draft.status):
-        return _stay_finished(draft)
+        return stay_finished(draft)
     try:
         spec = parse_job(job).spec
     except JobError as error:
@@ -89,12 +86,12 @@ def reconcile(job: Object, observed: Observed, now: datetime) -> Plan:
 
     _end_if_changed(draft, spec)
     if draft.all_are(failures.has_succeeded, spec.nodes):
-        return _succeed(draft)
+        return succeed(draft)
     if spec.suspend:
-        return _suspend(draft)
-    _note_resume(draft)
+        return suspend(draft)
+    note_resume(draft)
     if is_late(draft, spec):
-        return _fail(draft, "DeadlineExceeded", deadline_sentence(spec))
+        return fail(draft, "DeadlineExceeded", deadline_sentence(spec))
 
     if current_attempt(draft.status) is not None:
         failure = _failure(draft, spec) or late_start(draft, spec)
@@ -104,7 +101,7 @@ def reconcile(job: Object, observed: Observed, now: datetime) -> Plan:
             draft.rests_on_absence = failure.reason == failures.LOST
             verdict = _judge(draft, spec, failure)
             if verdict.action == "Fail":
-                return _fail(draft, verdict.reason, verdict.message)
+                return fail(draft, verdict.reason, verdict.message)
             _say_restart(draft, failure)
             if verdict.action == "InPlaceRestart":
                 _begin_attempt(draft, spec, inplace.pods_of(draft.status.attempts[-1]))
@@ -128,13 +125,13 @@ def _leave_alone(draft: Draft, sentence: str) -> Plan:
     may have to be; workers that run go on, and `suspend` still ends them."""
     desired = draft.status.workers.desired
     if draft.all_are(failures.has_succeeded, desired):
-        return _succeed(draft)
+        return succeed(draft)
     if (draft.job.get("spec") or {}).get("suspend") is True:
-        return _suspend(draft)
+        return suspend(draft)
     said = condition(draft.status, "Running")
     if said is None or said.reason != "InvalidSpec":
         draft.event("Warning", "InvalidSpec", sentence)
-    _note_resume(draft)
+    note_resume(draft)
     if draft.all_are(failures.is_running, desired):
         draft.stage("Running", "InvalidSpec", f"The workers run, and would not be restarted: {sentence}")
         return draft.plan("Running")
@@ -172,105 +169,6 @@ def _note_progress(draft: Draft) -> None:
             draft.urgent |= word.step > stored
 
 
-# The end of the job
-
-
-def _finish(draft: Draft, reason: str) -> None:
-    attempt = current_attempt(draft.status)
-    if attempt is not None:
-        attempt.end_time, attempt.reason = stamp(draft.now), reason
-    draft.status.completion_time = draft.status.completion_time or stamp(draft.now)
-    draft.stage(None, "Finished")
-    draft.say("Restarting", False, "NotRestarting")
-    draft.say("Suspended", False, "NotSuspended")
-
-
-def _succeed(draft: Draft) -> Plan:
-    _finish(draft, "Completed")
-    progress = draft.status.progress_text
-    message = f"Training completed{f' at step {progress}' if progress else ''}."
-    draft.say("Succeeded", True, "Completed", message)
-    draft.say("Failed", False, "Completed")
-    if not holds(draft.stored, "Succeeded"):
-        draft.event("Normal", "Succeeded", message)
-    return _clean_up(draft)
-
-
-def _fail(draft: Draft, reason: str, message: str) -> Plan:
-    _finish(draft, reason)
-    draft.say("Succeeded", False, "Failed")
-    draft.say("Failed", True, reason, message)
-    if not holds(draft.stored, "Failed"):
-        draft.event("Warning", reason, message)
-    return _clean_up(draft)
-
-
-def _stay_finished(draft: Draft) -> Plan:
-    """A finished job is never started again, whatever somebody made of its status."""
-    failure = final_failure(draft.status)
-    return _fail(draft, *failure) if failure else _succeed(draft)
-
-
-def _clean_up(draft: Draft) -> Plan:
-    """A finished job keeps its ended pods for their logs, and nothing that runs, unless it asks for more or less."""
-    spec = draft.job.get("spec") or {}  # which need not be valid
-    ending = inplace.ending(draft.pods, draft.agents, draft.now)
-    if ending:
-        draft.wake(inplace.END_SECONDS)
-    running = [
-        pod for pod in draft.pods if not failures.is_over(pod) and pod["metadata"]["uid"] not in ending
-    ]
-    unwanted = {"All": draft.pods, "None": []}.get(str(spec.get("cleanPodPolicy", "Running")), running)
-    verdict = condition(draft.status, "Failed")
-    can_save = verdict is not None and verdict.reason == "DeadlineExceeded"
-    draft.remove(unwanted, None if can_save else CRASH_GRACE_SECONDS)
-    phase: Phase = "Succeeded" if holds(draft.status, "Succeeded") else "Failed"
-    ttl = spec.get("ttlSecondsAfterFinished")
-    age = seconds_since(draft.status.completion_time, draft.now)
-    if isinstance(ttl, int) and age is not None:
-        if age >= ttl and not evaluation.is_under_way(draft):
-            draft.actions.append(Delete(KIND, draft.name, draft.job["metadata"]["uid"]))
-        else:
-            draft.wake(max(ttl - age, 1))
-    return draft.plan(phase)
-
-
-# Suspension
-
-
-def _suspend(draft: Draft) -> Plan:
-    attempt = current_attempt(draft.status)
-    if attempt is not None:
-        attempt.end_time, attempt.reason = stamp(draft.now), "Suspended"
-        draft.event("Normal", "Suspending", "The workers save a checkpoint and stop, as spec.suspend asks.")
-    draft.remove(draft.pods)
-    draft.say("Restarting", False, "NotRestarting")
-    _not_finished(draft)
-    if draft.pods:
-        draft.stage(None, "Suspended", "The workers save a checkpoint and stop.")
-        draft.say("Suspended", False, "Suspending", f"Waiting for {len(draft.pods)} pods to end.")
-        return draft.plan("Suspending")
-    if not holds(draft.status, "Suspended"):
-        draft.event("Normal", "Suspended", f"No worker is left. {what_is_saved(draft.status)}")
-    draft.stage(None, "Suspended", "Set spec.suspend to false to go on.")
-    draft.say("Suspended", True, "SuspendRequested", what_is_saved(draft.status))
-    return draft.plan("Suspended")
-
-
-def _note_resume(draft: Draft) -> None:
-    if holds(draft.status, "Suspended"):
-        draft.event("Normal", "Resumed", "The job goes on from its last checkpoint.")
-        reset_budget(draft.status)
-    draft.say("Suspended", False, "NotSuspended")
-    _not_finished(draft)
-
-
-def _not_finished(draft: Draft) -> None:
-    draft.status.completion_time = ""
-    draft.say("Succeeded", False, "NotFinished")
-    draft.say("Failed", False, "NotFinished")
-
-
 # Failure and restart
 
 
@@ -292,7 +190,7 @@ def _failure(draft: Draft, spec: JobSpec) -> Failure | None:
     found = [failure for pod in gang if (failure := failures.failure_of(pod)) is not None]
     silent = draft.on_silent_nodes(gang)
     found += [failures.on_lost_node(pod) for pod in silent if draft.health(node_of(pod)).gone]
-    left = inplace.seconds_left(attempt, draft.now) if attempt is not None else None
+    left = inplace.seconds_left(attempt, draft.observed.listening_since, draft.now) if attempt else None
     if attempt is not None and attempt.formed:
         if left is not None and left <= 0:
             found.append(inplace.late(attempt, gang, draft.agents))
@@ -353,7 +251,7 @@ def _make_room(draft: Draft, spec: JobSpec) -> Plan | None:
     ended = parse_time(attempts[-1].end_time) if attempts else None
     wait = (ended + restart_delay(attempts, spec.recovery) - draft.now) if ended else timedelta()
     if wait > timedelta():
-        draft.stage(None, "WaitingToRestart", "The last attempts failed at once; waiting before the next.")
+        draft.stage(None, "WaitingToRestart", "The last attempts did no step; waiting before the next.")
         draft.wake(wait.total_seconds())
         return draft.plan(phase)
     return None
@@ -367,10 +265,7 @@ def _begin_attempt(draft: Draft, spec: JobSpec, gang: int | None = None) -> None
     attempts = draft.status.attempts
     draft.rests_on_absence |= gang is None and bool(attempts)
     number = attempts[-1].number + 1 if attempts else 1
-    if gang is not None:
-        excluded = attempts[-1].excluded_nodes
-    else:
-        excluded = [] if attempts and attempts[-1].reason == STUCK else _excluded_nodes(draft)
+    excluded = _excluded_nodes(draft) if gang is None else attempts[-1].excluded_nodes
     new = Attempt(
         number=number,
         start_time=stamp(draft.now),
@@ -386,15 +281,20 @@ def _begin_attempt(draft: Draft, spec: JobSpec, gang: int | None = None) -> None
 
 
 def _excluded_nodes(draft: Draft) -> list[str]:
-    observed, now = draft.observed, draft.now
+    """Nodes that a new gang must not use; those under suspicion only if the last one found others."""
+    observed, status = draft.observed, draft.status
     most = nodes.cap(observed.nodes, observed.settings.max_excluded_percent)
-    return nodes.left_out(draft.status.excluded_nodes, observed.excluded, observed.nodes, most, now)
+    stuck = bool(status.attempts) and status.attempts[-1].reason == STUCK
+    own, others = ([], []) if stuck else (status.excluded_nodes, observed.excluded)
+    return nodes.left_out(own, others, observed.nodes, most, draft.now)
 
 
 def _dissolve_if_stuck(draft: Draft) -> None:
-    """End an attempt that finds no node while some are left out: a node under suspicion is better than none."""
+    """End an attempt that finds no node while some are left out: a node under suspicion is better than none, one
+    with a sign of failed hardware is not."""
     attempt = current_attempt(draft.status)
-    if attempt is None or not attempt.excluded_nodes:
+    suspects = [name for name in attempt.excluded_nodes if not draft.health(name).fault] if attempt else []
+    if attempt is None or not suspects:
         return
     if not any((start_problem(pod) or ("",))[0] == "Unschedulable" for pod in draft.gang()):
         return
@@ -403,7 +303,7 @@ def _dissolve_if_stuck(draft: Draft) -> None:
         draft.wake(STUCK_SECONDS - age)
         return
     attempt.end_time, attempt.reason = stamp(draft.now), STUCK
-    text = f"There are no nodes but {', '.join(attempt.excluded_nodes)}: the next attempt may use them."
+    text = f"There are no nodes but {', '.join(suspects)}: the next attempt may use them."
     draft.event("Warning", "NodesReadmitted", text)
 
 
@@ -426,10 +326,8 @@ def _form_and_follow(draft: Draft, spec: JobSpec) -> Plan:
     draft.remove(others)
     missing = draft.missing(spec.nodes)
     refused = draft.observed.refused
-    if missing and refused is not None and refused.is_final:
-        return _fail(
-            draft, "InvalidTemplate", f"spec.template: makes a pod that is not valid: {refused.message}"
-        )
+    if missing and refused is not None and refused.reason == INVALID_TEMPLATE and not _ever_formed(draft):
+        return fail(draft, refused.reason, refused.sentence)
     if missing and not others and not attempt.formed:
         settings = draft.observed.settings
         draft.actions += [
@@ -444,13 +342,19 @@ def _form_and_follow(draft: Draft, spec: JobSpec) -> Plan:
 
     started = [pod for pod in gang if failures.is_running(pod) or failures.has_succeeded(pod)]
     if len(started) == spec.nodes:
-        left = inplace.seconds_left(attempt, draft.now)
+        left = inplace.seconds_left(attempt, draft.observed.listening_since, draft.now)
         if left is None:
             return _run(draft, spec)
         draft.wake(left)
         draft.stage(None, "RestartingInPlace", "The workers stay and start their processes again.")
         return draft.plan("Restarting")
     return _wait_for_start(draft, spec, missing)
+
+
+def _ever_formed(draft: Draft) -> bool:
+    """Whether the job's pods could be made once: where they cannot now, that may pass, as an upgrade of the cluster's
+    does, and a job of months waits for it."""
+    return any(attempt.formed for attempt in draft.status.attempts)
 
 
 def _run(draft: Draft, spec: JobSpec) -> Plan:
@@ -469,7 +373,7 @@ def _wait_for_start(draft: Draft, spec: JobSpec, missing: list[int]) -> Plan:
     all_scheduled = len(scheduled) == spec.nodes
     count = f"of {spec.nodes} workers"
     if missing and refused is not None:
-        problem = refused.reason, refused.message
+        problem = refused.reason, refused.sentence
         draft.wake(REFUSED_RETRY_SECONDS)
     if problem is not None:
         _tell_problem(draft, *problem)
@@ -482,8 +386,6 @@ def _wait_for_start(draft: Draft, spec: JobSpec, missing: list[int]) -> Plan:
     wake_for_late_start(draft, spec)
     if holds(draft.status, "Restarting"):
         return draft.plan("Restarting")
-    if not any(c.type == "Restarting" for c in draft.status.conditions):
-        draft.say("Restarting", False, "NotRestarting")
     return draft.plan("Starting" if all_scheduled else "Pending")
 
 

@@ -213,13 +213,14 @@ def could_save(attempt: Attempt) -> bool:
 def restart_delay(attempts: list[Attempt], recovery: RecoverySpec) -> timedelta:
     """How long after the last attempt's end the next one may start.
 
-    Nothing after an attempt that trained, or that was stopped from outside; after 2, 3, 4... in a row that failed
-    without a step, the backoff, doubled each time, so that an outage does not use up the restarts at once.
+    Nothing after an attempt that trained, or that a person stopped; after 2, 3, 4... in a row that ended without a
+    step, the backoff, doubled each time, so that an outage does not use up the restarts at once, and a gang that
+    Kubernetes takes away again and again leaves it alone.
     """
     fruitless = 0
     for attempt in reversed(attempts):
         trained = (attempt.end_step or 0) > (attempt.start_step or 0)
-        if trained or not attempt.end_time or could_save(attempt):
+        if trained or not attempt.end_time or attempt.class_ is None:
             break
         fruitless += 1
     if fruitless < 2:

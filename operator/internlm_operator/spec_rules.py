@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pydantic import BaseModel
+from pydantic.fields import FieldInfo
 
 from internlm_operator.api import MAX_NAME_LENGTH, JobSpec
 from internlm_trainer.rules import TRAINING_RULES, Rule
@@ -11,21 +12,30 @@ from internlm_trainer.rules import TRAINING_RULES, Rule
 FROZEN = (
     *("model", "data", "training", "parallel", "checkpoint", "nodes", "gpusPerNode", "processesPerNode"),
     *("gpuResourceName", "image", "runtimeVersion", "sharedMemory", "network", "scheduling", "template"),
+    "telemetry.metricsPort",
 )
 
 
-def _frozen_rule(name: str, model: type[BaseModel]) -> dict[str, str]:
-    field = next(field for field in model.model_fields.values() if field.alias == name)
-    same = f"self.{name} == oldSelf.{name}"
-    if field.default is None:
-        same = f"has(self.{name}) == has(oldSelf.{name}) && (!has(self.{name}) || {same})"
+def _frozen_rule(path: str, model: type[BaseModel]) -> dict[str, str]:
+    *outer, name = path.split(".")
+    for part in outer:
+        inner = _field(model, part).annotation
+        assert isinstance(inner, type)
+        model = inner
+    same = f"self.{path} == oldSelf.{path}"
+    if _field(model, name).default is None:
+        same = f"has(self.{path}) == has(oldSelf.{path}) && (!has(self.{path}) || {same})"
     return {
         "rule": f"oldSelf.suspend || ({same})",
-        "message": f"spec.{name} cannot change while the job runs: set spec.suspend to true first, edit, and set it "
+        "message": f"spec.{path} cannot change while the job runs: set spec.suspend to true first, edit, and set it "
         "back",
-        "fieldPath": f".{name}",
+        "fieldPath": f".{path}",
         "reason": "FieldValueForbidden",
     }
+
+
+def _field(model: type[BaseModel], alias: str) -> FieldInfo:
+    return next(field for field in model.model_fields.values() if field.alias == alias)
 
 
 TRANSITION_RULES = (

@@ -108,7 +108,7 @@ def take_report(status: JobStatus, report: Report, time: datetime) -> None:
     """Put a report of the last attempt into the status.
 
     Within an attempt steps only grow, and the newest checkpoint never goes back: a report that says less was
-    overtaken by another one or by the trainer's last words.
+    overtaken by another one or by the trainer's last words. It goes back where an attempt begins before it.
     """
     attempt = status.attempts[-1]
     assert report.attempt == attempt.number
@@ -142,22 +142,34 @@ def take_report(status: JobStatus, report: Report, time: datetime) -> None:
     found, known = report.checkpoint, status.checkpoint
     if found is not None and (known is None or found.step >= known.step):
         status.checkpoint = Checkpoint.model_validate(found.model_dump(by_alias=True))
-        if found.step > max(report.start_step, known.step if known else 0):
+        if found.step > max(_saved_before(status), known.step if known else 0):
             attempt.checkpoint_step = found.step
             reset_budget(status)
 
 
 def _note_resume_step(status: JobStatus, attempt: Attempt, step: int) -> None:
-    if attempt.start_step == step:
+    # Of a program that does not tell it, `kubeflow` takes the first step that this process heard of.
+    if attempt.start_step or attempt.start_step == step:
         return
-    attempt.start_step = step
-    earlier = status.attempts[:-1]
-    durable = max([a.start_step or 0 for a in earlier] + [status.checkpoint.step if status.checkpoint else 0])
-    if step > durable:  # a checkpoint of an earlier attempt whose report did not come
+    earlier, known = status.attempts[:-1], status.checkpoint.step if status.checkpoint else 0
+    if step > max([a.start_step or 0 for a in earlier] + [known]):
+        # A checkpoint of an earlier attempt whose report did not come.
         reset_budget(status)
+    if attempt.start_step is None and step < known:
+        # The newest one could not be used: it is damaged, or not in the job's store any more.
+        status.checkpoint = None
+    attempt.start_step = step
     failure = status.last_failure
     if earlier and failure is not None and failure.attempt == earlier[-1].number:
         failure.lost_steps = max(0, (earlier[-1].end_step or 0) - step)
+
+
+def _saved_before(status: JobStatus) -> int:
+    """The step up to which checkpoints of the last attempt are no progress: where it began, or as far as earlier ones
+    came from there, if that was in vain."""
+    start = status.attempts[-1].start_step or 0
+    in_vain = [a.checkpoint_step or 0 for a in status.attempts[:-1] if (a.start_step or 0) >= start]
+    return max([start, *in_vain])
 
 
 def reset_budget(status: JobStatus) -> None:

@@ -13,8 +13,13 @@ _REFUSALS = (
     ("exceeded quota", "QuotaExceeded"),
     ("is being terminated", "NamespaceTerminating"),
     ("PodSecurity", "PodSecurityViolated"),
+    # Policies and webhooks choose their code, often that of a pod that is not valid, but not these words before their
+    # own: apiserver/pkg/admission/plugin/policy/validating/dispatcher.go, plugin/webhook/errors/statuserror.go.
+    ("denied request: ", "PolicyDenied"),
+    ("denied the request", "PolicyDenied"),
 )
-REFUSED = ("PodsRefused", "NameTaken", *(reason for _, reason in _REFUSALS))
+INVALID_TEMPLATE = "InvalidTemplate"
+REFUSED = ("PodsRefused", "NameTaken", INVALID_TEMPLATE, *(reason for _, reason in _REFUSALS))
 """Reasons for which there are no pods."""
 
 
@@ -31,12 +36,16 @@ class Refusal:
         """One of REFUSED."""
         if self.code == 409:
             return "NameTaken"
-        return next((reason for words, reason in _REFUSALS if words in self.message), "PodsRefused")
+        invalid = self.kind == "Pod" and self.code in (400, 422)
+        known = (reason for words, reason in _REFUSALS if words in self.message)
+        return next(known, INVALID_TEMPLATE if invalid else "PodsRefused")
 
     @property
-    def is_final(self) -> bool:
-        """A pod that is not valid will not be so later; everything else may pass."""
-        return self.kind == "Pod" and self.code in (400, 422)
+    def sentence(self) -> str:
+        """The server's message, and what of the job it is about where that is known."""
+        if self.reason == INVALID_TEMPLATE:
+            return f"spec.template: makes a pod that is not valid: {self.message}"
+        return self.message
 
 
 def start_problem(pod: Pod) -> tuple[str, str] | None:

@@ -105,6 +105,8 @@ class WorkQueue(Generic[Key]):
                     asyncio.get_running_loop().call_later(rest, self._rested, key)
                 else:
                     self._rested(key)
+            # Work that waits for nothing, on thousands of keys, must not keep all else from its turn.
+            await asyncio.sleep(0)
 
     def _rested(self, key: Key) -> None:
         self._busy.discard(key)

@@ -277,6 +277,11 @@ class World:
         self.job["metadata"]["generation"] += 1
         self._touch()
 
+    def edit_status(self, status: dict[str, Any]) -> None:
+        """As a hand does it."""
+        self.job["status"] = status
+        self._touch()
+
     def _touch(self) -> None:
         metadata = self.job["metadata"]
         metadata["resourceVersion"] = str(int(metadata["resourceVersion"]) + 1)

@@ -94,19 +94,45 @@ def test_the_clusters_failures_do_not_use_up_the_jobs_attempts_but_its_restarts(
     assert world.status["attemptsWithoutProgress"] == 0
 
 
-def test_an_eviction_is_free_and_its_gang_is_made_again() -> None:
-    world = World(recovery={"maxRestarts": 0})
-    for number in range(1, 8):
+@pytest.mark.parametrize(
+    ("trains", "waits"),
+    [(True, [None, None, None, None, None]), (False, [None, 10, 20, 40, 80])],
+)
+def test_an_eviction_is_free_and_its_gang_is_made_again_after_a_pause_where_none_gets_to_train(
+    trains: bool, waits: list[float | None]
+) -> None:
+    world, found = World(recovery={"maxRestarts": 0}), []
+    for number in range(1, 6):
         world.start()
         assert world.attempt_of(0) == str(number)
+        if trains:
+            world.tell(make_report(number, step=number))
+            world.settle()
         world.delete("job-worker-1")
         world.settle()
         failure = world.status["lastFailure"]
         assert (failure["class"], failure["action"]) == ("Preemption", "Reschedule")
         world.reap()
-        world.settle()
-    assert world.status["restarts"] == 7
+        found.append(world.settle().wake_after)
+        world.wait(found[-1] or 0)
+    assert found == waits
+    assert world.status["restarts"] == 5
     assert world.status["attemptsWithoutProgress"] == 0
+
+
+def test_a_gang_that_is_evicted_since_it_fills_its_own_storage_is_not_made_again_for_ever() -> None:
+    world = World()
+    for _ in range(3):
+        world.reap()
+        world.wait(world.settle().wake_after or 0)
+        world.start()
+        limit = 'Usage of EmptyDir volume "cache" exceeds the limit "1Gi". '
+        world.pod(1)["status"] = {"phase": "Failed", "reason": "Evicted", "message": limit}
+        world.settle()
+    assert world.phase == "Failed"
+    failed = world.condition("Failed")
+    assert failed["reason"] == "NoProgress"
+    assert "emptyDir.sizeLimit of this volume in spec.template" in failed["message"]
 
 
 def test_a_person_who_resumes_the_job_gives_it_a_new_budget() -> None:
@@ -217,6 +243,28 @@ def test_a_gang_that_finds_no_other_node_may_use_the_suspect_after_a_while() -> 
     assert affinity(world) == []
     assert world.status["restarts"] == 1, "finding no node is no failure"
     assert "NodesReadmitted" in [event.reason for event in world.events]
+
+
+def test_a_gang_that_finds_no_other_node_never_goes_back_to_one_with_a_sign_of_failed_hardware() -> None:
+    world = World()
+    world.nodes = {f"node-{i}": NodeHealth() for i in range(20)}
+    fail(world, 1, text=XID)
+    world.nodes["bad"] = NodeHealth(fault="taint x")
+    world.reap()
+    world.settle()
+    assert affinity(world) == ["bad", "node-1"]
+    blocked = {"type": "PodScheduled", "status": "False", "reason": "Unschedulable", "message": "0/2 nodes"}
+    for attempt in ("3", "3"):
+        for pod in world.pods.values():
+            pod["status"]["conditions"] = [blocked]
+        world.wait(120)
+        world.settle()
+        assert (world.attempt_of(0), affinity(world)) == (attempt, ["bad"])
+    readmitted = [event.message for event in world.events if event.reason == "NodesReadmitted"]
+    assert readmitted == ["There are no nodes but node-1: the next attempt may use them."]
+    world.nodes["bad"] = NodeHealth()
+    world.settle()
+    assert (world.attempt_of(0), affinity(world)) == ("4", []), "it was repaired"
 
 
 # Nodes that are gone

@@ -73,6 +73,12 @@ CASES = [
     ("OutOfMemory", pod(137, reason="OOMKilled"), GOOD),
     ("OutOfMemory", pod(1, "torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2 GiB"), GOOD),
     ("OutOfMemory", said("Error", "RuntimeError: DefaultCPUAllocator: can't allocate memory"), GOOD),
+    # Storage beyond the pod's own limit
+    (
+        "OutOfMemory",
+        ended_by_kubelet("Evicted", 'Usage of EmptyDir volume "a" exceeds the limit "1Gi". '),
+        GOOD,
+    ),
     # Hardware: by Kubernetes' word, by a sign on the node, by the driver's words
     ("Hardware", with_device("Unhealthy"), GOOD),
     ("Hardware", pod(134), FAULTY),

@@ -379,13 +379,14 @@ def test_a_running_job_keeps_its_model_until_it_is_suspended(control_plane: Clus
         apply(model__layers=3)
     with pytest.raises(RuntimeError, match=r"spec\.nodes cannot change"):
         apply(model__layers=3, nodes=4, suspend=True)
-    for change in (
-        {"template": {"spec": {"nodeSelector": {"gpu": "h100"}}}},
-        {"image": "other:1"},
-        {"runtimeVersion": "1.0.0"},
-        {"network__hostNetwork": True},
-    ):
-        name = next(iter(change)).partition("__")[0]
+    change: dict[str, object]
+    for name, change in {
+        "template": {"template": {"spec": {"nodeSelector": {"gpu": "h100"}}}},
+        "image": {"image": "other:1"},
+        "runtimeVersion": {"runtimeVersion": "1.0.0"},
+        "network": {"network__hostNetwork": True},
+        "telemetry.metricsPort": {"telemetry__metricsPort": 8000},
+    }.items():
         with pytest.raises(RuntimeError, match=rf"spec\.{name} cannot change while the job runs"):
             apply(**change)
     with pytest.raises(RuntimeError, match=r"spec\.nodes cannot change"):
@@ -397,7 +398,7 @@ def test_a_running_job_keeps_its_model_until_it_is_suspended(control_plane: Clus
     assert "configured" in apply(suspend=True, template__spec__nodeSelector__gpu="h100")
     assert "configured" in apply(suspend=True, model__layers=3)
     assert "configured" in apply(model__layers=3)
-    assert "configured" in apply(model__layers=3, recovery__maxRestarts=1)
+    assert "configured" in apply(model__layers=3, recovery__maxRestarts=1, telemetry__memoryHistory=True)
 
 
 @pytest.mark.usefixtures("server")

@@ -43,6 +43,13 @@ def ended(code: int = 1, text: str = "", reason: str = "Error") -> dict[str, Any
     return {"exitCode": code, "message": text, "reason": reason, "finishedAt": "2026-01-01T00:00:05Z"}
 
 
+# As the kubelet of Kubernetes 1.37 says it (pkg/kubelet/eviction/helpers.go).
+OVER_VOLUME = 'Usage of EmptyDir volume "cache" exceeds the limit "1Gi". '
+OVER_SHM = 'Usage of EmptyDir volume "shm" exceeds the limit "64Gi". '
+OVER_POD = "Pod ephemeral local storage usage exceeds the total limit of containers 1Gi. "
+OVER_CONTAINER = 'Container trainer exceeded its local ephemeral storage limit "1Gi". '
+
+
 def disruption(reason: str) -> dict[str, Any]:
     condition = {"type": "DisruptionTarget", "status": "True", "reason": reason, "message": "Taken away."}
     return {"conditions": [condition]}
@@ -67,6 +74,12 @@ def disruption(reason: str) -> dict[str, Any]:
         (pod(terminated=ended(1, message("Stopped", "saved")), **disruption("EvictionByEvictionAPI")),
          "EvictionByEvictionAPI", "Taken away."),
         (pod(reason="Evicted", message="The node was low on memory."), "Evicted", "low on memory"),
+        (pod(reason="Evicted", message=OVER_VOLUME), "StorageLimitExceeded",
+         OVER_VOLUME + "Write less there, or raise emptyDir.sizeLimit of this volume in spec.template."),
+        (pod(reason="Evicted", message=OVER_SHM), "StorageLimitExceeded", "raise spec.sharedMemory."),
+        (pod(reason="Evicted", message=OVER_POD), "StorageLimitExceeded", "limits.ephemeral-storage"),
+        (pod(terminated=ended(137), reason="Evicted", message=OVER_CONTAINER), "StorageLimitExceeded",
+         "limits.ephemeral-storage"),
         (pod(reason="UnexpectedAdmissionError", message="no GPU"), "UnexpectedAdmissionError", "no GPU"),
         (pod(initContainerStatuses=[{"name": "fetch",
                                      "state": {"terminated": {"exitCode": 4, "message": "404"}}}]),

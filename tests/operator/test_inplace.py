@@ -251,6 +251,24 @@ def test_an_operator_that_starts_anew_learns_of_the_agents_again() -> None:
     assert world.phase == "Running"
 
 
+def test_an_operator_that_takes_over_gives_an_attempt_in_place_the_whole_time_to_tell_it_that_it_began() -> (
+    None
+):
+    world = started()
+    world.agents_tell(1, 1, ended=(70, HUNG))
+    world.settle()
+    world.agents.clear()
+    world.wait(READY_SECONDS + 10)
+    world.listening_since = world.now
+    assert not touched(world)
+    world.wait(READY_SECONDS - 1)
+    world.settle()
+    assert not touched(world)
+    world.agents_tell(2, 0, 1)
+    world.settle()
+    assert (world.phase, world.status["restarts"]) == ("Running", 1)
+
+
 @pytest.mark.parametrize("heard", [True, False])
 def test_an_operator_that_has_just_taken_over_hears_all_agents_before_it_judges(heard: bool) -> None:
     world = started()

@@ -286,6 +286,7 @@ def test_a_description_that_this_operator_does_not_know_waits_for_an_edit() -> N
     assert "spec.gpusPerNode" in world.condition("Running")["message"]
     assert not world.pods
     assert [event.reason for event in world.events] == ["InvalidSpec"]
+    assert condition(world, "Restarting") == ("False", "NotRestarting")
     world.edit(nodes=2, gpusPerNode=0)
     world.start()
     assert world.phase == "Running"
@@ -376,6 +377,30 @@ def test_a_status_that_somebody_edited_is_corrected_and_the_job_goes_on_or_stays
             {c["type"]: c["status"] for c in status["conditions"]} for status in (before.status, world.status)
         )
         assert now == then, changed
+
+
+@pytest.mark.parametrize("phase", ["Succeeded", "Failed"])
+def test_a_finished_job_whose_status_somebody_emptied_is_finished_again_by_what_its_pods_say(
+    phase: str,
+) -> None:
+    world = lives()[phase]
+    pods = set(world.pods)
+    del world.job["status"]
+    world.settle()
+    assert world.phase == phase
+    assert set(world.pods) == pods
+    assert len(world.status["attempts"]) == 1
+
+
+def test_a_finished_job_whose_status_was_emptied_and_whose_pods_are_gone_is_a_new_one() -> None:
+    world = World(cleanPodPolicy="All")
+    world.start()
+    world.complete(0, 1)
+    world.settle()
+    world.reap()
+    del world.job["status"]
+    world.settle()
+    assert (world.phase, len(world.pods)) == ("Pending", 2)
 
 
 def test_a_status_that_somebody_emptied_is_made_anew_around_the_gang_that_is_there() -> None:

@@ -201,12 +201,14 @@ def test_the_digest_of_a_spec_changes_with_the_gang_and_not_with_the_rest() -> N
 
     assert digest() == digest(suspend=True, recovery={"maxRestarts": 3}, gpusPerNode=0)
     assert digest() == digest(activeDeadlineSeconds=9, cleanPodPolicy="All", managedBy=MANAGER)
+    assert digest() == digest(telemetry={"memoryHistory": True})
     changed = [
         digest(),
         digest(nodes=4),
         digest(gpusPerNode=2),
         digest(image="x"),
         digest(sharedMemory="1Gi"),
+        digest(telemetry={"metricsPort": 8000}),
     ]
     assert len(set(changed)) == len(changed)
 

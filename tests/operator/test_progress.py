@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from datetime import UTC, datetime
+from typing import Any
 
 from operator_world import World, make_report
 
@@ -106,22 +107,83 @@ def test_a_failure_is_written_at_once_with_the_progress_that_waited() -> None:
     assert world.status["attempts"][-1]["endStep"] == 11
 
 
-def test_progress_may_go_back_after_a_restart_but_the_checkpoint_never() -> None:
-    world = World()
-    world.start()
-    newer = {"step": 100, "uri": "s3://b/step-100", "time": "2026-01-01T00:00:00Z"}
-    world.tell(make_report(step=120, checkpoint=newer))
+def saved(step: int) -> dict[str, Any]:
+    return {"step": step, "uri": f"s3://b/step-{step}", "time": "2026-01-01T00:00:00Z"}
+
+
+def restart(world: World) -> None:
     world.end(0, 1)
     world.settle()
     world.reap()
-    world.wait(10)
+    world.wait(world.settle().wake_after or 0)
     world.start()
-    older = {"step": 50, "uri": "s3://b/step-50", "time": "2026-01-01T00:00:00Z"}
-    world.tell(make_report(attempt=2, step=60, startStep=50, checkpoint=older))
+
+
+def test_progress_may_go_back_after_a_restart_but_not_the_checkpoint_from_which_it_began() -> None:
+    world = World()
+    world.start()
+    world.tell(make_report(step=120, checkpoint=saved(100)))
+    restart(world)
+    world.tell(make_report(attempt=2, step=110, startStep=100, checkpoint=saved(100)))
     world.settle()
-    assert world.status["progressText"] == "60/400"
+    assert world.status["progressText"] == "110/400"
     assert world.status["checkpoint"]["step"] == 100
-    assert [(a["startStep"], a["endStep"]) for a in world.status["attempts"]] == [(0, 120), (50, 60)]
+    assert [(a["startStep"], a["endStep"]) for a in world.status["attempts"]] == [(0, 120), (100, 110)]
+    world.tell(make_report(attempt=2, step=110, startStep=100, checkpoint=saved(90)))
+    world.settle()
+    assert world.status["checkpoint"]["step"] == 100, "a report that another one overtook"
+
+
+def test_a_checkpoint_that_the_next_attempt_could_not_use_is_not_in_the_status_any_more() -> None:
+    world = World(checkpoint={"path": "s3://b/c", "everySteps": 10})
+    world.start()
+    world.tell(make_report(step=120, checkpoint=saved(100)))
+    restart(world)
+    restart(world)
+    assert world.status["attemptsWithoutProgress"] == 1
+    world.tell(make_report(attempt=3, step=61, startStep=50, checkpoint=saved(50)))
+    world.settle()
+    assert world.status["checkpoint"] == saved(50) | {"bytes": 0, "digest": "", "verified": False}
+    world.wait(10)
+    world.tell(make_report(attempt=3, step=71, startStep=50, checkpoint=saved(50)))
+    world.settle()
+    assert world.condition("CheckpointStale")["status"] == "True"
+    world.wait(10)
+    world.tell(make_report(attempt=3, step=75, startStep=50, checkpoint=saved(70)))
+    world.settle()
+    assert world.status["checkpoint"]["step"] == world.status["attempts"][-1]["checkpointStep"] == 70
+    assert world.condition("CheckpointStale")["status"] == "False"
+    assert world.status["attemptsWithoutProgress"] == 0
+
+
+def test_a_job_that_begins_afresh_in_another_place_has_no_checkpoint_until_it_saves() -> None:
+    world = World()
+    world.start()
+    world.tell(make_report(step=120, checkpoint=saved(100)))
+    world.settle()
+    world.edit(suspend=True)
+    world.settle()
+    world.reap()
+    world.edit(suspend=False, checkpoint={"path": "s3://b/elsewhere"})
+    world.start()
+    assert world.status["checkpoint"]["step"] == 100
+    world.tell(make_report(attempt=2, step=10))
+    world.settle()
+    assert "checkpoint" not in world.status
+
+
+def test_a_job_whose_checkpoints_prove_damaged_again_and_again_comes_to_an_end() -> None:
+    world = World()
+    world.start()
+    world.tell(make_report(step=120, checkpoint=saved(100)))
+    for number in range(2, 6):
+        restart(world)
+        world.tell(make_report(attempt=number, step=120, startStep=50, checkpoint=saved(100)))
+        world.settle()
+        assert world.status["checkpoint"]["step"] == 100
+    world.end(0, 1)
+    world.settle()
+    assert world.condition("Failed")["reason"] == "NoProgress"
 
 
 def test_what_is_known_of_the_training_survives_an_operator_without_reports() -> None:

@@ -166,6 +166,10 @@ def test_what_keeps_a_worker_from_starting_is_said_in_the_words_of_who_saw_it(
          "NamespaceTerminating"),
         (403, 'violates PodSecurity "restricted:latest": host namespaces', "PodSecurityViolated"),
         (409, "Pod job-worker-0 exists and is not this job's", "NameTaken"),
+        (422, """pods "job-worker-0" is forbidden: ValidatingAdmissionPolicy 'gpus' with binding 'all' """
+              "denied request: no GPUs at night", "PolicyDenied"),
+        (400, 'admission webhook "gpus.example.com" denied the request: no GPUs at night', "PolicyDenied"),
+        (403, 'admission webhook "gpus.example.com" denied the request without explanation', "PolicyDenied"),
         (403, "no PriorityClass with name train was found", "PodsRefused"),
     ],
 )  # fmt: skip
@@ -195,6 +199,24 @@ def test_a_template_that_makes_no_valid_pod_fails_the_job_with_the_servers_sente
     assert world.phase == "Failed"
     assert world.condition("Failed")["reason"] == "InvalidTemplate"
     assert "spec.volumes[4].name" in world.condition("Failed")["message"]
+
+
+def test_a_pod_that_becomes_invalid_while_the_job_lives_is_shown_and_tried_until_it_is_valid() -> None:
+    world = World()
+    world.start()
+    world.refused = Refusal(422, 'Pod "job-worker-0" is invalid: spec.containers: Too long')
+    world.end(0, 1)
+    world.settle()
+    world.reap()
+    world.step()
+    plan = world.step()
+    assert world.phase == "Restarting"
+    assert world.condition("Queued")["reason"] == "InvalidTemplate"
+    assert "spec.template: makes a pod that is not valid: Pod" in world.condition("Queued")["message"]
+    assert plan.wake_after == 10
+    world.refused = None
+    world.start()
+    assert world.phase == "Running"
 
 
 def test_another_owners_pod_with_the_jobs_label_is_left_alone() -> None:

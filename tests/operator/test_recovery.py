@@ -9,8 +9,7 @@ from operator_world import World, make_report, message
 
 from internlm_operator.nodes import NodeHealth
 from internlm_operator.objects import GRACE_SECONDS
-from internlm_operator.plan import OVERDUE_SECONDS, Delete, Event
-from internlm_operator.reconcile import CRASH_GRACE_SECONDS
+from internlm_operator.plan import CRASH_GRACE_SECONDS, OVERDUE_SECONDS, Delete, Event
 from internlm_operator.times import stamp
 
 

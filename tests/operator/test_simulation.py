@@ -8,30 +8,25 @@ is refused if the job has changed since.  It may die between any two actions, an
 from __future__ import annotations
 
 import copy
-import json
+import os
 from dataclasses import replace
 from datetime import timedelta
 from typing import Any
 
 import hypothesis.strategies as st
 from hypothesis import settings
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
-from operator_world import SETTINGS, START, World, make_report, message
+from hypothesis.stateful import initialize, invariant, precondition, rule
+from operator_happenings import FOUND, Happenings
+from operator_world import SETTINGS, START, World
 
-from internlm_operator import failures, inplace, objects
-from internlm_operator.api import ExcludedNode, Goodput
+from internlm_operator import failures, objects
+from internlm_operator.api import Goodput, RecoverySpec
 from internlm_operator.goodput import KINDS, total
-from internlm_operator.nodes import GONE, NodeHealth
 from internlm_operator.plan import Create, Delete, Observed, Plan
 from internlm_operator.reconcile import reconcile
 from internlm_operator.recovery import CLUSTERS
-from internlm_operator.times import parse_time, stamp
-from internlm_operator.waits import Refusal
+from internlm_operator.times import parse_time
 
-REASONS = ("Error", "UserError", "DataError", "Diverged", "Stopped", "StorageUnreachable", "OutOfMemory")
-WORDS = ("why", "Xid 79: GPU has fallen off the bus", "Connection closed by peer", "No space left on device")
-HEALTHS = (NodeHealth(), NodeHealth(ready=False), NodeHealth(fault="taint bad"), GONE)
-DISRUPTIONS = ("EvictionByEvictionAPI", "PreemptionByScheduler", "DeletionByTaintManager")
 TERMINAL = ("Succeeded", "Failed")
 LIMITS: tuple[dict[str, object], ...] = (
     {},
@@ -44,15 +39,15 @@ EVALUATIONS: tuple[dict[str, object], ...] = (
     {"evaluation": {"text": ["s3://b/text"]}},
     {"evaluation": {"text": ["s3://b/text"], "everySteps": 100}},
 )
-FOUND = json.dumps({"reason": "Completed", "results": [["perplexity", "byte_perplexity", 2.5]]})
-REFUSALS = (None, Refusal(403, "exceeded quota"), Refusal(409, "exists", "Service"))
+# A night's run simulates thousands: see CONTRIBUTING.md.
+JOBS = int(os.environ.get("INTERNLM_SIMULATED_JOBS", "150"))
 
 
 def version_of(job: dict[str, Any]) -> str:
     return str(job["metadata"]["resourceVersion"])
 
 
-class JobLife(RuleBasedStateMachine):
+class JobLife(Happenings):
     """Rules are what may happen around the operator, and the operator's own steps."""
 
     @initialize(
@@ -84,14 +79,17 @@ class JobLife(RuleBasedStateMachine):
         }
         self.world = World(nodes=nodes, recovery=recovery, suspend=suspend, **extra, **evaluation)
         self.cached: tuple[dict[str, Any], Observed] = (copy.deepcopy(self.world.job), Observed(SETTINGS))
-        self.terminal: list[object] | None = None
+        self.terminal: list[tuple[str, str, str]] | None = None
         self.restarts = 0
-        self.checkpoint = self.evaluated = 0
+        self.starts: dict[int, int] = {}
+        self.checkpoint = self.checkpoint_of = self.evaluated = 0
         self.furthest = 0
+        self.committed: dict[int, int] = {}
+        self.formed = False
         self.restarted_at: list[float] = []
         self.own_failures = self.counted = 0
         self.ended: set[int] = set()
-        self.person_looked = False
+        self.person_looked = self.status_edited = self.end_edited = False
         self.ledger = Goodput()
 
     # The operator
@@ -145,148 +143,16 @@ class JobLife(RuleBasedStateMachine):
             world.wait(plan.wake_after or 0)
         self.all_workers_start()
 
-    # The cluster
-
-    def _pick(self, choice: int) -> str | None:
-        names = sorted(self.world.pods)
-        return names[choice % len(names)] if names else None
-
-    @rule(choice=st.integers(0, 9))
-    def a_worker_starts(self, choice: int) -> None:
-        name = self._pick(choice)
-        if name and not failures.is_over(self.world.pods[name]):
-            self.world.run(failures.index_of(self.world.pods[name]))
-
-    @rule()
-    def all_workers_start(self) -> None:
-        for pod in self.world.pods.values():
-            if not failures.is_over(pod):
-                self.world.run(failures.index_of(pod))
-
-    @rule(
-        choice=st.integers(0, 9),
-        reason=st.sampled_from(REASONS),
-        text=st.sampled_from(WORDS),
-        step=st.integers(0, 400),
-    )
-    def a_worker_fails(self, choice: int, reason: str, text: str, step: int) -> None:
-        name = self._pick(choice)
-        if name and failures.is_running(self.world.pods[name]):
-            self.world.end(failures.index_of(self.world.pods[name]), 1, message(reason, text, step))
-
-    @rule(choice=st.integers(0, 9), code=st.sampled_from([1, 134, 137, 139]))
-    def a_worker_crashes(self, choice: int, code: int) -> None:
-        name = self._pick(choice)
-        if name and failures.is_running(self.world.pods[name]):
-            self.world.end(failures.index_of(self.world.pods[name]), code, "Segmentation fault")
-
-    def _attempt_of(self, index: int) -> int:
-        """The attempt whose processes a worker's agent runs, as the job channel tells it."""
-        gang = int(self.world.attempt_of(index))
-        return inplace.attempt_of_pods(self.world.status, gang) or gang
-
-    @rule()
-    def all_agents_report(self) -> None:
-        for pod in self.world.pods.values():
-            if failures.is_running(pod):
-                index = failures.index_of(pod)
-                self.world.agents_tell(self._attempt_of(index), index)
-
-    @rule(choice=st.integers(0, 9), reason=st.sampled_from(REASONS), text=st.sampled_from(WORDS))
-    def processes_end_and_the_pod_stays(self, choice: int, reason: str, text: str) -> None:
-        name = self._pick(choice)
-        if name and failures.is_running(self.world.pods[name]):
-            index = failures.index_of(self.world.pods[name])
-            self.world.agents_tell(self._attempt_of(index), index, ended=(1, message(reason, text)))
-
-    @rule()
-    def all_running_workers_complete(self) -> None:
-        for pod in self.world.pods.values():
-            if failures.is_running(pod):
-                self.world.complete(failures.index_of(pod))
-
-    @rule(choice=st.integers(0, 9))
-    def a_pod_vanishes(self, choice: int) -> None:
-        name = self._pick(choice)
-        if name:
-            self.world.pods.pop(name)
-
-    @rule(choice=st.integers(0, 9))
-    def a_pod_is_deleted(self, choice: int) -> None:
-        name = self._pick(choice)
-        if name:
-            self.world.delete(name)
-
-    @rule(choice=st.integers(0, 9), reason=st.sampled_from(DISRUPTIONS))
-    def a_pod_is_taken_away(self, choice: int, reason: str) -> None:
-        name = self._pick(choice)
-        if name:
-            condition = {"type": "DisruptionTarget", "status": "True", "reason": reason, "message": "why"}
-            self.world.pods[name]["status"]["conditions"] = [condition]
-            self.world.delete(name)
-
-    @rule(
-        end=st.sampled_from([(0, FOUND), (0, "?"), (1, message("Error", "why")), (65, message("UserError"))])
-    )
-    def an_evaluation_ends(self, end: tuple[int, str]) -> None:
-        self.world.end_evaluation(*end)
-
-    @rule()
-    def evaluations_vanish(self) -> None:
-        self.world.evaluations.clear()
-
-    @rule(choice=st.integers(0, 3), health=st.sampled_from(HEALTHS))
-    def a_node_changes(self, choice: int, health: NodeHealth) -> None:
-        self.world.nodes[f"node-{choice}"] = health
-
-    @rule(choice=st.integers(0, 9))
-    def a_device_fails(self, choice: int) -> None:
-        name = self._pick(choice)
-        for container in self.world.pods[name]["status"].get("containerStatuses", []) if name else []:
-            device = {"resourceID": "GPU-0", "health": "Unhealthy"}
-            container["allocatedResourcesStatus"] = [{"name": "nvidia.com/gpu", "resources": [device]}]
-
-    @rule(choice=st.integers(0, 9))
-    def no_node_is_free(self, choice: int) -> None:
-        name = self._pick(choice)
-        if name and "nodeName" not in self.world.pods[name]["spec"]:
-            blocked = {"type": "PodScheduled", "status": "False", "reason": "Unschedulable"}
-            self.world.pods[name]["status"]["conditions"] = [blocked]
-
-    @rule(choice=st.integers(0, 3), seconds=st.sampled_from([10, 3600]))
-    def another_job_blames_a_node(self, choice: int, seconds: int) -> None:
-        now = self.world.now
-        entry = {"node": f"node-{choice}", "class": "Hardware", "since": stamp(now)}
-        entry["until"] = stamp(now + timedelta(seconds=seconds))
-        self.world.excluded = [ExcludedNode.model_validate(entry)]
-
-    @rule()
-    def the_kubelets_end_what_is_deleted(self) -> None:
-        self.world.reap()
-
-    @rule(seconds=st.sampled_from([1, 3, 20, 100, 4000, -30]))
-    def time_passes(self, seconds: int) -> None:
-        self.world.wait(seconds)
-
-    @rule(
-        attempt=st.integers(1, 4),
-        start=st.integers(0, 100),
-        step=st.integers(0, 400),
-        checkpoint=st.none() | st.integers(0, 400),
-        seconds=st.integers(0, 1000),
-    )
-    def a_report_comes(
-        self, attempt: int, start: int, step: int, checkpoint: int | None, seconds: int
-    ) -> None:
-        found = None
-        if checkpoint is not None:
-            found = {"step": checkpoint, "uri": "s3://b/c", "time": "2026-01-01T00:00:00Z"}
-        times = {"loadSeconds": seconds, "checkpointStallSeconds": seconds // 2}
-        self.world.tell(make_report(attempt, step, startStep=start, checkpoint=found, **times))
-
-    @rule(refusal=st.sampled_from(REFUSALS))
-    def the_server_refuses_pods_or_not(self, refusal: Refusal | None) -> None:
-        self.world.refused = refusal
+    @rule(step=st.integers(1, 400), back=st.integers(0, 100))
+    def a_gang_saves_and_fails_and_the_next_begins_there_or_before(self, step: int, back: int) -> None:
+        for start, found in ((0, step), (step - back, step - back)):
+            self.a_gang_comes_to_run()
+            number = max(self.attempts(), default=0)
+            if number and found > 0:
+                self.a_report_comes(number, start, found, found, 0)
+                self.caches_catch_up()
+                self.operator_steps(None)
+                self.a_worker_crashes(0, 1)
 
     # The user
 
@@ -303,6 +169,46 @@ class JobLife(RuleBasedStateMachine):
         self.person_looked |= not frozen
         self.world.edit(suspend=suspend, **({} if nodes is None or frozen else {"nodes": nodes}))
 
+    @precondition(lambda self: self.world.status and not self.end_edited and not self._is_gone())
+    @rule(choice=st.integers(0, 99), how=st.sampled_from(["taken out", "emptied", "turned"]))
+    def somebody_edits_the_status(self, choice: int, how: str) -> None:
+        """A field is taken out or emptied, or a condition turned; the operator sees it before anything else."""
+        world, status = self.world, copy.deepcopy(self.world.status)
+        # Of a job that has finished, two of three places say so.
+        self.end_edited = world.phase in TERMINAL
+        name = sorted(status)[choice % len(status)]
+        if how == "turned":
+            turned = status["conditions"][choice % len(status["conditions"])]
+            turned["status"] = "False" if turned["status"] == "True" else "True"
+        elif how == "emptied":
+            status[name] = type(status[name])()
+        else:
+            del status[name]
+        world.edit_status(status)
+        for _ in range(2):  # the first may still wait for a worker that failed by itself
+            world.wait(20)
+            world.step()
+        self.caches_catch_up()
+        self._learn_anew()
+
+    def _is_gone(self) -> bool:
+        return self.world.deleted_job or bool(self.world.job["metadata"].get("deletionTimestamp"))
+
+    def _learn_anew(self) -> None:
+        """What the operator cannot know any more is not expected of it; but what has ended has ended."""
+        status = self.world.status
+        self.status_edited = True
+        self.restarts, self.restarted_at = status.get("restarts", 0), []
+        self.counted, self.own_failures = status.get("attemptsWithoutProgress", 0), 0
+        self.ended = {number for number, attempt in self.attempts().items() if attempt.get("endTime")}
+        self.furthest = self.checkpoint = self.checkpoint_of = self.evaluated = 0
+        self.committed, self.formed = {}, False
+        self.ledger = Goodput.model_validate(status["goodput"])
+        if self.terminal is not None:
+            verdict = self._verdict()
+            assert [one[:2] for one in verdict] == [one[:2] for one in self.terminal]
+            self.terminal = verdict
+
     @rule()
     def the_user_deletes_the_job(self) -> None:
         # In the foreground: the object stays until its pods are gone.
@@ -313,12 +219,21 @@ class JobLife(RuleBasedStateMachine):
 
     @invariant()
     def a_terminal_condition_never_flips(self) -> None:
-        conditions = self.world.status.get("conditions") or []
-        verdict = [(c["type"], c["status"], c["reason"]) for c in conditions if c["type"] in TERMINAL]
+        verdict = self._verdict()
         if self.terminal is not None:
             assert verdict == self.terminal
         if any(status == "True" for _, status, _ in verdict):
             self.terminal = verdict
+
+    def _verdict(self) -> list[tuple[str, str, str]]:
+        conditions = self.world.status.get("conditions") or []
+        return [(c["type"], c["status"], c["reason"]) for c in conditions if c["type"] in TERMINAL]
+
+    @invariant()
+    def a_pod_that_is_not_valid_ends_only_a_job_whose_pods_never_were(self) -> None:
+        self.formed |= any(attempt.get("formed") for attempt in self.attempts().values())
+        assert not (self.formed and ("Failed", "True", "InvalidTemplate") in self._verdict())
+        assert ("Failed", "True", "PolicyDenied") not in self._verdict()
 
     @invariant()
     def restarts_without_progress_stay_within_their_limits(self) -> None:
@@ -330,9 +245,12 @@ class JobLife(RuleBasedStateMachine):
             and not status.get("attemptsWithoutProgress")
             and not status.get("recentRestarts")
         )
-        if furthest > self.furthest or seen:
+        committed = {number: one.get("checkpointStep") or 0 for number, one in self.attempts().items()}
+        newer = any(step > self.committed.get(number, 0) for number, step in committed.items())
+        if furthest > self.furthest or newer or seen:
             self.restarted_at, self.own_failures, self.person_looked = [], 0, False
-        self.furthest = max(furthest, self.furthest)
+            self.counted = status.get("attemptsWithoutProgress", 0)
+        self.furthest, self.committed = max(furthest, self.furthest), committed
         for attempt in status.get("attempts") or []:
             if attempt.get("endTime") and attempt["number"] not in self.ended:
                 self.ended.add(attempt["number"])
@@ -380,7 +298,7 @@ class JobLife(RuleBasedStateMachine):
             assert failure["evidence"]
             assert (failure["action"] == "Fail") <= (self.world.phase == "Failed")
             assert failure.get("lostSteps", 0) >= 0
-            if failure["action"] == "GangRestartAvoidingNode":
+            if failure["action"] == "GangRestartAvoidingNode" and not self.status_edited:
                 assert (
                     failure["node"] in [e["node"] for e in status["excludedNodes"]]
                     or len(status["attempts"]) > 1
@@ -389,10 +307,23 @@ class JobLife(RuleBasedStateMachine):
             assert len(attempt.get("excludedNodes") or []) <= 1, "the cap of a few nodes is one"
 
     @invariant()
-    def the_checkpoint_never_goes_back(self) -> None:
+    def the_checkpoint_never_goes_back_but_by_an_attempt_that_began_before_it(self) -> None:
         step = (self.world.status.get("checkpoint") or {}).get("step", 0)
-        assert step >= self.checkpoint
-        self.checkpoint = step
+        starts = {number: one["startStep"] for number, one in self.attempts().items() if "startStep" in one}
+        if step < self.checkpoint:
+            assert any(n > self.checkpoint_of and start < self.checkpoint for n, start in starts.items())
+        if step != self.checkpoint:
+            self.checkpoint, self.checkpoint_of = step, max(starts, default=0)
+
+    @invariant()
+    def attempts_in_a_row_that_do_no_step_are_further_and_further_apart(self) -> None:
+        attempts = list(self.attempts().values())
+        for before, last, following in zip(attempts, attempts[1:], attempts[2:], strict=False):
+            if _did_nothing(before) and _did_nothing(last) and "gang" not in following:
+                ended, began = parse_time(last["endTime"]), parse_time(following["startTime"])
+                assert ended is not None
+                assert began is not None
+                assert (began - ended).total_seconds() >= RecoverySpec().backoff_seconds
 
     @invariant()
     def attempts_are_numbered_in_order_and_only_the_last_is_open(self) -> None:
@@ -440,6 +371,7 @@ class JobLife(RuleBasedStateMachine):
         assert world.deleted_job or world.phase in TERMINAL, f"never ends: {world.status}"
         if world.phase == "Succeeded" and self.terminal is None:
             assert len(world.pods) in (0, world.job["spec"]["nodes"])
+        world.reap()
         pods = [*world.pods.values(), *world.evaluations.values()]
         assert all(map(failures.is_over, pods)), "a finished job has a pod that runs"
 
@@ -460,5 +392,9 @@ class JobLife(RuleBasedStateMachine):
         assert parse_time(world.status["startTime"]) is not None
 
 
-JobLife.TestCase.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
+def _did_nothing(attempt: dict[str, Any]) -> bool:
+    return bool(attempt.get("class")) and (attempt.get("endStep") or 0) <= (attempt.get("startStep") or 0)
+
+
+JobLife.TestCase.settings = settings(max_examples=JOBS, stateful_step_count=40, deadline=None)
 test_a_job_through_every_failure_at_every_moment = JobLife.TestCase

@@ -118,6 +118,23 @@ def test_work_comes_back_after_the_seconds_that_it_asked_for() -> None:
     assert times[2] - times[0] >= 0.09
 
 
+def test_work_that_waits_for_nothing_keeps_nothing_else_from_its_turn() -> None:
+    done = 0
+
+    async def work(_: str) -> float:
+        nonlocal done
+        done += 1
+        return 0.0
+
+    async def script(queue: WorkQueue[str]) -> None:
+        for key in "abc":
+            queue.add(key)
+        while done < 100:
+            await asyncio.sleep(0)
+
+    run(work, script)
+
+
 def test_what_is_under_way_is_ended_at_a_stop_and_nothing_else_is_begun() -> None:
     done: list[str] = []
 

@@ -77,7 +77,7 @@ class Link:
         self.finished = False
         """Whether the job is over, or the operator knows of no agents: nothing is to be waited for."""
         self.heard: float | None = None
-        """When the operator first answered what was told last."""
+        """When the operator first answered what was told last, be it with a refusal."""
         url = os.environ.get("INTERNLM_REPORT_URL", "")
         self.url = f"{url.removesuffix('/report')}/agent" if url else ""
         self._state: dict[str, Any] = {"worker": node_rank, "gang": first_attempt, "attempt": first_attempt}
@@ -105,11 +105,17 @@ class Link:
                     answer = post(self.url, state)
                     self.attempt = max(self.attempt, int(answer.get("attempt", 0)))
                     self.finished = bool(answer.get("finished"))
-                    with self._changed:
-                        if not self._told:
-                            self.heard = self.heard or time.monotonic()
+                    self._note_heard()
                 except HTTPError as error:
                     self.finished = error.code in (404, 405)
+                    # Other codes are those of nobody who leads, or of one who had no time.
+                    if 400 <= error.code < 500 and error.code not in (408, 429):
+                        self._note_heard()
+
+    def _note_heard(self) -> None:
+        with self._changed:
+            if not self._told:
+                self.heard = self.heard or time.monotonic()
 
 
 class Agent:

@@ -13,6 +13,8 @@ from pathlib import Path
 from threading import Timer
 from typing import Any
 
+import pytest
+
 from trainer.loop.conftest import Channel
 from trainer.loop.jobs import Running, TinyJob, descendants
 
@@ -134,9 +136,25 @@ def test_ended_processes_wait_for_an_operator_to_hear_of_it_and_from_then_on_for
     channel: Channel,
 ) -> None:
     channel.answer = 503
-    Timer(4.0, lambda: vars(channel).update(answer=200, attempt=2)).start()
+    timer = Timer(4.0, lambda: vars(channel).update(answer=200, attempt=2))
+    timer.start()
+    try:
+        assert orders(channel) == ["2", "None"]
+    finally:
+        timer.cancel()
+
+
+@pytest.mark.parametrize("code", [401, 403])
+def test_ended_processes_do_not_wait_long_for_an_operator_that_refuses_them(
+    channel: Channel, code: int
+) -> None:
+    channel.answer = code
+    assert orders(channel) == ["None", "None"]
+
+
+def orders(channel: Channel) -> list[str]:
     environment = os.environ | channel.environment
-    done = subprocess.run(
-        [sys.executable, "-c", END], env=environment, capture_output=True, text=True, timeout=60
-    )
-    assert done.stdout.split() == ["2", "None"], done.stderr
+    command = [sys.executable, "-c", END]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.split()
