@@ -131,7 +131,7 @@ class Ward:
         name = self.names[-1] if self.names else self._broken
         if name != self._broken and self._phase(name) != "Succeeded":
             self.steady(name)
-            if STEPS - self.history(name).furthest > self._speed(name) * (seconds + CYCLE_SECONDS):
+            if self.seconds_left(name) > seconds + CYCLE_SECONDS:
                 return name
         name = self.admit()
         self.steady(name)
@@ -159,11 +159,16 @@ class Ward:
     def _phase(self, name: str) -> str:
         return str(self.status(name).get("phase"))
 
-    def _speed(self, name: str) -> float:
-        """Steps a second, in the newest attempt."""
+    def seconds_left(self, name: str) -> float:
+        """Until the job's last step, at the speed of the newest attempt."""
         last = self.history(name).steps[-1]
         first = next(seen for seen in self.history(name).steps if seen.attempt == last.attempt)
-        return (last.step - first.step) / max(last.time - first.time, 0.1)
+        speed = (last.step - first.step) / max(last.time - first.time, 0.1)
+        return (STEPS - last.step) / max(speed, 0.1)
+
+    def suspend(self, name: str, value: bool) -> None:
+        patch = json.dumps({"spec": {"suspend": value}})
+        self.jobs.kubectl("patch", "ilj", name, "--type=merge", f"--patch={patch}")
 
     def until(self, name: str, reached: Callable[[], object], what: str, timeout: float) -> None:
         """Wait for it; if it cannot come, says all there is to know."""

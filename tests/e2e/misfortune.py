@@ -51,22 +51,35 @@ class Operators:
                 and f"pod/{self.leader}" in self.kubectl("get", "pods", "--output=name").split()
             ),
             "both replicas to be ready",
-            120,
+            300,  # the kubelet lets a container wait that ends again and again
             interval=0.5,
         )
 
+    def renew(self) -> None:
+        """Put new replicas in the place of those that were killed, which their kubelets start again at once."""
+        self.kubectl("rollout", "restart", "deployment/internlm-operator")
+        self.kubectl("rollout", "status", "deployment/internlm-operator", "--timeout=120s")
+        self.wait_ready()
+        wait_until(lambda: len(self._pods()) == 2, "the old replicas to be gone", 60, interval=0.5)
+
     def kill_leader(self) -> float:
         """kill -9 the process that leads; seconds until another one does."""
-        pod, lease = self.leader, self._transitions()
-        os.kill(self.cluster.container_pids(self.namespace, pod, "operator")[0], signal.SIGKILL)
-        begun = time.time()
-        wait_until(lambda: self._transitions() > lease, "another leader", 60, interval=0.5)
-        return time.time() - begun
+        return self._kill([self.leader])
 
     def kill_all(self) -> float:
-        """Delete all replicas without waiting for their nodes; seconds until one leads."""
-        lease, begun = self._transitions(), time.time()
-        self.kubectl("delete", "pods", "--all", "--force", "--grace-period=0")
+        """kill -9 the processes of all replicas; seconds until one leads."""
+        return self._kill(self._pods())
+
+    def _pods(self) -> list[str]:
+        pods = self.kubectl("get", "pods", "--field-selector=status.phase=Running", "--output=name")
+        return [pod.removeprefix("pod/") for pod in pods.split()]
+
+    def _kill(self, pods: list[str]) -> float:
+        lease = self._transitions()
+        pids = [self.cluster.container_pids(self.namespace, pod, "operator")[0] for pod in pods]
+        for pid in pids:
+            os.kill(pid, signal.SIGKILL)
+        begun = time.time()
         wait_until(lambda: self._transitions() > lease, "another leader", 120, interval=0.5)
         return time.time() - begun
 

@@ -16,9 +16,13 @@ import pytest
 from cluster.cluster import Cluster
 from cluster.controlplane import wait_until
 from e2e.chain import START_SECONDS, STEPS, Jobs, Manifest, Row, helm, rows
+from internlm_operator.objects import evaluates
 
 # The first test also waits for the images to be built.
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(1200)]
+
+# One process, on the data that the first job prepared.
+ALONE: dict[str, object] = {"nodes": 1, "processesPerNode": 1, "parallel": {}, "data__prepare": None}
 
 
 def added(archive: Path, scratch: Path) -> list[Path]:
@@ -156,6 +160,47 @@ def test_a_hurt_job_ends_with_the_same_weights_to_the_bit(jobs: Jobs, operator: 
 
 
 @pytest.mark.usefixtures("whole")
+def test_checkpoints_are_evaluated_beside_a_job_that_trains_on(jobs: Jobs) -> None:
+    """By pods without any token, of which nothing is left when the job is deleted."""
+    name, seen = "judged", dict[str, Manifest]()
+    question = {"query": "def main():\n    return", "choices": ["0", "None"], "gold": 0}
+    jobs.store.pipe(jobs.url("sets/choices/mine.jsonl"), json.dumps(question).encode())
+    jobs.store.pipe(jobs.url("held-out/text.txt"), b"def main():\n    return 0\n" * 20)
+    asked = {"tasks": ["choices"], "data": jobs.url("sets"), "text": [jobs.url("held-out/*.txt")]}
+    # It trains until it is deleted, and keeps each checkpoint for longer than a pod takes to start.
+    lasting = {"training__steps": 1_000_000, "checkpoint__everySteps": 100, "checkpoint__keep": 1000}
+    jobs.apply(jobs.manifest(name, **ALONE, **lasting, evaluation=asked))
+
+    def evaluated(status: Manifest) -> object:
+        seen.update({one["metadata"]["name"]: one for one in jobs.objects("pods", name) if evaluates(one)})
+        return status.get("evaluation", {}).get("results")
+
+    results = jobs.wait(name, evaluated, "an evaluation")["evaluation"]["results"]
+    step = results[0]["step"]
+    assert [(one["task"], one["metric"]) for one in results if one["step"] == step] == [
+        ("perplexity", "token_perplexity"),
+        ("perplexity", "byte_perplexity"),
+        ("perplexity", "bits_per_byte"),
+        ("choices", "acc"),
+        ("choices", "acc_norm"),
+    ]
+    entries = map(json.loads, jobs.store.cat(jobs.url(f"checkpoints/{name}/evaluations.jsonl")).splitlines())
+    found = {(one["step"], one["task"]): one["metrics"] for one in entries}
+    for one in results:
+        assert one["value"] == pytest.approx(found[one["step"], one["task"]][one["metric"]], abs=1e-6)
+    assert f"{name}-evaluation-{step}-1" in seen
+    for pod in seen.values():
+        assert pod["spec"]["automountServiceAccountToken"] is False
+        assert [volume for volume in pod["spec"]["volumes"] if "projected" in volume] == []
+    status = jobs.wait(name, lambda status: status["checkpoint"]["step"] > step, "a checkpoint after it")
+    assert (status["phase"], status["restarts"]) == ("Running", 0), jobs.story(name)
+    assert "Evaluated" in [reason for reason, _ in jobs.events(name)]
+
+    jobs.kubectl("delete", "ilj", name, "--timeout=60s")
+    wait_until(lambda: not jobs.objects("pods", name), "the workers and evaluations to be gone", 90)
+
+
+@pytest.mark.usefixtures("whole")
 def test_deleting_a_job_leaves_nothing_of_it_in_the_cluster(jobs: Jobs) -> None:
     kinds = "pods,services,endpointslices,configmaps,secrets"
     assert {item["kind"] for item in jobs.objects(kinds, "whole")} >= {"Pod", "Service", "ConfigMap"}
@@ -178,7 +223,6 @@ def test_a_mistake_in_the_manifest_is_refused_with_a_sentence_that_teaches(jobs:
 @pytest.mark.usefixtures("whole")
 def test_bad_input_fails_the_job_at_once_with_the_trainers_sentence(jobs: Jobs) -> None:
     """On data and checkpoints that the first job made, each time with one thing wrong."""
-    alone: dict[str, object] = {"nodes": 1, "processesPerNode": 1, "parallel": {}, "data__prepare": None}
     cases: dict[str, tuple[dict[str, object], str]] = {
         "no-bucket": ({"checkpoint__path": "s3://no-such-bucket/x"}, "the bucket of s3://no-such-bucket"),
         "no-access": (
@@ -192,7 +236,7 @@ def test_bad_input_fails_the_job_at_once_with_the_trainers_sentence(jobs: Jobs) 
     }
     jobs.kubectl("delete", "ilj", "--all", "--timeout=60s")
     for name, (changes, _) in cases.items():
-        jobs.apply(jobs.manifest(name, **alone, **changes))
+        jobs.apply(jobs.manifest(name, **ALONE, **changes))
     for name, (_, sentence) in cases.items():
         wait_until(lambda: jobs.status(name).get("phase") == "Failed", f"{name} to fail", START_SECONDS)  # noqa: B023
         failed = jobs.condition(name, "Failed")

@@ -22,7 +22,17 @@ import pytest
 from cluster.cluster import Cluster
 from cluster.controlplane import wait_until
 from e2e.chain import Jobs
-from e2e.faults import EVERY_STEPS, FULL_MEMORY, IN_PROCESSES, STEPS, Fault, Hurt, Ward, manifest
+from e2e.faults import (
+    EVERY_STEPS,
+    FULL_MEMORY,
+    IN_PROCESSES,
+    RECOVERY_SECONDS,
+    STEPS,
+    Fault,
+    Hurt,
+    Ward,
+    manifest,
+)
 from e2e.misfortune import Operators, expire_token, share_clock
 from e2e.recovery_times import PASSED, Run, page
 from e2e.watching import Watcher
@@ -248,9 +258,48 @@ def test_the_leader_is_killed_while_a_job_restarts(ward: Ward, operators: Operat
     ward.note("leader killed, Restarting after SIGKILL", "operator", found)
 
 
+def test_the_leader_is_killed_while_a_job_is_suspended_and_resumed(ward: Ward, operators: Operators) -> None:
+    name = ward.patient(seconds=20)
+    restarts = ward.status(name)["restarts"]
+    ward.suspend(name, True)
+    ward.until(name, lambda: ward.status(name)["phase"] == "Suspending", "Suspending", 30)
+    suspending = operators.kill_leader()
+    ward.until(name, lambda: ward.status(name)["phase"] == "Suspended", "Suspended", 120)
+    assert not ward.pods(name)
+    operators.wait_ready()
+    ward.suspend(name, False)
+    ward.until(name, lambda: ward.status(name)["phase"] in ("Pending", "Starting"), "its resumption", 30)
+    resumed = operators.kill_leader()
+    ward.steady(name)
+    ward.until(name, lambda: "startStep" in ward.status(name)["attempts"][-1], "its first report", 60)
+    status = ward.status(name)
+    assert status["restarts"] == restarts
+    *_, before, now = status["attempts"]
+    assert before["reason"] == "Suspended", status
+    assert now["startStep"] >= before["endStep"], status
+    ward.check(name)
+    for phase, seconds in (("Suspending", suspending), ("resumed", resumed)):
+        ward.note_leader(f"leader killed, {phase}", seconds)
+
+
+def test_a_job_ends_while_no_operator_leads(ward: Ward, operators: Operators) -> None:
+    name = ward.patient()
+    pods, restarts = ward.pods(name), ward.status(name)["restarts"]
+    ward.until(name, lambda: ward.seconds_left(name) < 3, "its last seconds", RECOVERY_SECONDS)
+    seconds = operators.kill_leader()
+    assert {pod["status"]["phase"] for pod in ward.jobs.objects("pods", name)} == {"Succeeded"}
+    ward.finish()
+    status = ward.status(name)
+    assert (status["restarts"], status["attempts"][-1]["reason"]) == (restarts, "Completed"), status
+    assert ward.pods(name) == pods
+    ward.check(name)
+    ward.note_leader("leader killed, the job ends", seconds)
+
+
 def test_both_replicas_are_killed(ward: Ward, operators: Operators) -> None:
+    operators.renew()
     name = ward.patient(seconds=60)
-    with ward.unharmed(name, "both replicas deleted by force", "operator"):
+    with ward.unharmed(name, "both replicas killed", "operator"):
         operators.kill_all()
     operators.wait_ready()
 
