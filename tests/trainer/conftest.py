@@ -166,10 +166,7 @@ class FaultProxy:
 
 @pytest.fixture
 def fault_proxy(minio: Minio, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultProxy]:
-    """MinIO behind a proxy that can answer errors; `s3://` URLs of this process go through it.
-
-    botocore's own retries are off, so that an error is seen at once.
-    """
+    """MinIO behind a proxy that can answer errors; `s3://` URLs of this process go through it."""
     host = minio.endpoint.removeprefix("http://")
     proxy = FaultProxy("")
     server = ThreadingHTTPServer(
@@ -177,7 +174,6 @@ def fault_proxy(minio: Minio, monkeypatch: pytest.MonkeyPatch) -> Iterator[Fault
     )
     proxy.endpoint = f"http://127.0.0.1:{server.server_port}"
     monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
-    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
     thread = Thread(target=server.serve_forever)
     thread.start()
     yield proxy

@@ -12,6 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
+from fsspec.config import conf
 
 from internlm_trainer.errors import UserError
 from internlm_trainer.storage import (
@@ -24,6 +25,7 @@ from internlm_trainer.storage import (
     write_whole,
 )
 from ports import free_port
+from trainer.conftest import CUT, HANG, FaultProxy
 
 
 def read(url: str) -> bytes:
@@ -221,6 +223,44 @@ def test_a_store_that_cannot_be_reached_is_told_apart_since_a_retry_may_help(
         StorageUnreachableError, match=r"cannot be reached at http://127\.0\.0\.1:.*AWS_ENDPOINT"
     ):
         use_s3(join(s3, "x"), "list")
+
+
+@pytest.mark.parametrize("fault", [500, 503, CUT, HANG])
+def test_who_tries_again_by_himself_has_each_request_sent_once(
+    fault_proxy: FaultProxy, s3: str, fault: int
+) -> None:
+    sent: list[str] = []
+
+    def count(method: str, path: str) -> int:
+        sent.append(f"{method} {path}")
+        return fault
+
+    fs, path = open_fs(s3, retries=False)
+    fault_proxy.fault = count
+    for request in (
+        lambda: fs.cat_file(f"{path}/x", start=0, end=9),
+        lambda: fs.call_s3("upload_part", Bucket=path, Key="x", UploadId="y", PartNumber=1, Body=b"x"),
+        lambda: fs.ls(path),
+    ):
+        sent.clear()
+        with suppress(Exception):
+            request()
+        # A connection that is used again and found closed is made anew by aiohttp, once.
+        assert 1 <= len(sent) <= (2 if fault in (CUT, HANG) else 1)
+    if fault == 503:
+        sent.clear()
+        with suppress(OSError):
+            open_fs(s3)[0].cat_file(f"{path}/x")  # all others leave it to the driver
+        assert len(sent) > 1
+
+
+def test_what_the_user_tells_the_driver_is_kept(s3: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    once = {"total_max_attempts": 1}
+    assert open_fs(s3, retries=False)[0].config_kwargs == {"retries": once}
+    monkeypatch.setitem(conf, "s3", {"config_kwargs": {"read_timeout": 3}, "max_concurrency": 2})
+    fs, _ = open_fs(s3, retries=False)
+    assert fs.config_kwargs == {"retries": once, "read_timeout": 3}
+    assert fs.max_concurrency == 2
 
 
 def use_s3(url: str, operation: str) -> None:

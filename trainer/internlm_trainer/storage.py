@@ -49,22 +49,29 @@ class StorageUnreachableError(UserError):
     """The store did not answer: its address is wrong, or it is down for a while, so that a retry may help."""
 
 
-def open_fs(url: str) -> tuple[Any, str]:
+def open_fs(url: str, *, retries: bool = True) -> tuple[Any, str]:
     """The fsspec file system that `url` names, and the path in it.
 
     Local paths may be relative or start with `~`; missing folders of local files that are written are made,
-    as if it were an object store.  Raises UserError for an unknown protocol or one whose driver is not
-    installed.
+    as if it were an object store.  `retries`: False for a caller that tries failed requests again by itself, so that
+    S3's driver does not, which takes minutes for one that hangs.  Raises UserError for an unknown protocol or one
+    whose driver is not installed.
     """
+    from fsspec.config import conf
     from fsspec.core import url_to_fs
 
     protocol = _protocol(url)
+    once = not retries and _is_s3(url) and "::" not in url
     options: dict[str, Any] = {}
     if "::" not in url:
         if protocol in _OBJECT_STORES:
             options["use_listings_cache"] = False
         elif protocol in _LOCAL_PROTOCOLS:
             options["auto_mkdir"] = True
+    if once:
+        # An argument takes the place of what the user's own configuration of fsspec says.
+        own = (conf.get("s3", {}) | conf.get("s3a", {})).get("config_kwargs", {})
+        options["config_kwargs"] = {"retries": {"total_max_attempts": 1}} | own
     try:
         fs, path = url_to_fs(url, **options)
     except ImportError as error:
@@ -76,6 +83,8 @@ def open_fs(url: str) -> tuple[Any, str]:
             f"{url}: the protocol {protocol}:// is not known; use a path, file://, s3:// or another one of "
             "fsspec's, or install the package that provides it"
         ) from error
+    if once:
+        fs.retries = 1  # how often s3fs tries what botocore has given up
     return fs, path
 
 

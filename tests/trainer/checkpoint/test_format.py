@@ -249,6 +249,13 @@ def test_old_checkpoints_go_when_a_new_one_is_there(committed, unfinished, newes
     assert superseded(committed, unfinished, newest, keep, refused=refused) == removed
 
 
+@pytest.mark.parametrize(
+    ("verified", "removed"), [(None, [10, 20, 30]), (20, [10, 30]), (40, [10, 20, 30]), (5, [10, 20, 30])]
+)
+def test_the_newest_one_that_is_known_to_be_whole_stays_until_a_newer_one_is(verified, removed):
+    assert superseded([10, 20, 30, 40], [], 40, 1, verified=verified) == removed
+
+
 def run_of(saves: list[int], keep: int, keep_every: int) -> set[int]:
     """What is left after a job has saved these steps."""
     there: set[int] = set()

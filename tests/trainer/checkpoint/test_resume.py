@@ -144,8 +144,22 @@ def test_the_refused_step_can_be_reached_and_saved_again(url):
     resume(resumed)
     save(resumed, 200)
     save(resumed, 300)
-    assert resumed.candidates() == [300, 200]
+    assert resumed.candidates() == [300, 200, 100]
     resumed.open(200).verify()
+
+
+@pytest.mark.parametrize("verify", [False, True])
+def test_what_a_job_resumed_from_stays_until_a_newer_one_is_known_to_be_whole(url, verify):
+    save(open_store(url), 100)
+    resumed = open_store(url, keep=1, verify=verify)
+    resume(resumed)
+    save(resumed, 200)
+    save(resumed, 300)
+    if verify:
+        assert resumed.candidates() == [300]
+    else:
+        resumed.folder.remove("step-00000300", SHARD)  # damaged as it was written, say
+        assert_holds(resume(open_store(url)), 100)
 
 
 # Several ranks
@@ -292,7 +306,7 @@ def test_one_checkpoint_that_the_store_cannot_serve_is_passed_over_but_not_remov
     )
     fault_proxy.fault = lambda _method, _path: None
     save(resumed, 150)
-    assert resumed.candidates() == [200, 150]
+    assert resumed.candidates() == [200, 150, 100]
 
 
 def test_a_store_that_serves_nothing_ends_no_job_and_condemns_no_checkpoint(fault_proxy, minio):
@@ -314,7 +328,6 @@ def test_a_store_that_serves_nothing_ends_no_job_and_condemns_no_checkpoint(faul
 def test_a_store_that_is_down_is_no_mistake_of_the_users(minio, monkeypatch):
     url = minio.bucket()
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
-    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
     with pytest.raises(
         StorageUnavailable, match=r"cannot be reached at http://127.0.0.1:9; check AWS_ENDPOINT_URL"
     ):
@@ -366,3 +379,23 @@ def test_a_listing_that_lags_behind_fails_no_save_and_no_resume(fault_proxy, min
     found = resume(open_store(url))
     assert found is not None
     assert_holds(found, 100)
+
+
+def test_a_manifest_that_is_not_listed_yet_is_known_by_its_name(fault_proxy, minio):
+    """Else the job would go back a step, and remove the newest as if its save had been killed."""
+    url = minio.bucket()
+
+    def lagging(path: str, content: bytes) -> bytes:
+        if "list-type" not in path:
+            return content
+        return re.sub(rb"<Contents><Key>[^<]*step-00000200/manifest.json.*?</Contents>", b"", content)
+
+    fault_proxy.rewrite = lagging
+    store = open_store(url, keep=2)
+    save(store, 100)
+    save(store, 200)
+    assert MANIFEST not in store.folder.names(NEWEST)
+    store.abandon(200)
+    assert_holds(resume(store), 200)
+    save(store, 300)
+    assert store.candidates() == [300, 200]

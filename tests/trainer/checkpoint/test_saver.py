@@ -10,12 +10,10 @@ from typing import Any
 
 import pytest
 import torch
-from fsspec.config import conf
-from s3fs import S3FileSystem
 
 from internlm_trainer.checkpoint import Alone, CheckpointStore, Failed, Piece, Saved, Saver, Want
 from internlm_trainer.checkpoint.snapshot import Snapshot
-from internlm_trainer.errors import StepFailed
+from internlm_trainer.errors import StepFailed, UserError
 from trainer.checkpoint.states import Rank, on_ranks, open_store
 from trainer.conftest import CUT, HANG
 
@@ -218,10 +216,8 @@ def test_ranks_save_together_and_a_shard_that_fails_on_one_fails_the_save_on_all
 
 @pytest.mark.parametrize("fault", [500, 503, CUT, HANG])
 def test_a_failing_store_is_told_louder_each_time_and_fails_the_job_when_the_last_good_one_is_old(
-    fault_proxy, minio, caplog, monkeypatch, fault
+    fault_proxy, minio, caplog, fault
 ):
-    monkeypatch.setitem(conf, "s3", {"config_kwargs": {"read_timeout": 1}})
-    monkeypatch.setattr(S3FileSystem, "retries", 1)
     training = Training(open_store(f"{minio.bucket()}/run"), Alone())
     training.train(10, due=True)
     training.train_until_idle(10)
@@ -244,3 +240,37 @@ def test_a_failing_store_is_told_louder_each_time_and_fails_the_job_when_the_las
         training.train(step + 1)
     fault_proxy.fault = lambda _method, _path: None
     assert held(training.store, 10) == {10.0}
+
+
+@pytest.mark.parametrize("resumed", [False, True])
+@pytest.mark.parametrize("disk", ["8k"], indirect=True)
+def test_an_attempt_that_can_save_nothing_until_its_time_is_over_ends_the_job_for_good(disk, resumed):
+    """As on a disk that has room for the probe and for no shard: the next attempt would train as long for nothing."""
+    store = CheckpointStore(str(disk / "run"), {}, 3, "job", 1.0)
+    store.check_writable()
+    training = Training(store, Alone(), max_age=0.0)
+    if resumed:
+        training.saver.saved_step = 10
+    training.train(20, due=True)
+    training.train_until_idle(20)  # the next save may be better
+    training.train(30, due=True)
+    step = training.train_until_idle(30)
+    why = rf"nothing was saved in the \d+ s since step {10 * resumed}, where this attempt began, and checkpoint.max"
+    with pytest.raises(UserError, match=rf"step-00000030 could not be saved: .* no space left .*; {why}"):
+        training.train(step + 1)
+
+
+def test_the_last_save_of_an_attempt_that_saved_nothing_ends_the_job_on_all_ranks_alike(tmp_path):
+    def train(rank: Rank) -> None:
+        world = Ranks(rank.rank, rank.size, rank.barrier, rank.said)
+        store = open_store(str(tmp_path / "run"))
+        store.folder.root = "/proc/nothing"
+        training = Training(store, world, max_age=0.0)
+        training.train(10, due=True)
+        assert "could not be saved" in (training.saver.wait() or "")
+        training.train(20, due=True)
+        training.saver.wait()
+
+    outcomes = on_ranks(2, train)
+    assert {type(error) for error in outcomes.errors.values()} == {UserError}
+    assert len({str(error) for error in outcomes.errors.values()}) == 1

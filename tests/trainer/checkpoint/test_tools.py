@@ -12,6 +12,7 @@ from typer.testing import CliRunner, Result
 from internlm_trainer.checkpoint import Piece, Snapshot
 from internlm_trainer.cli import app
 from trainer.checkpoint.states import open_store, save, write
+from trainer.weights import models
 
 
 def internlm(*arguments: object) -> Result:
@@ -90,3 +91,13 @@ def test_diff_is_silent_about_layouts_and_tells_values_apart(tmp_path: Path) -> 
     other = internlm("diff", f"{tmp_path}/a/step-100", tmp_path / "b", "--kind", "master")
     assert "only in the first" in other.output
     assert "exp_avg" not in other.output
+
+
+def test_export_is_the_command_of_that_name(tmp_path: Path) -> None:
+    shape = models.SHAPES["InternLM-7B"]
+    url = models.save(str(tmp_path / "run"), shape, models.random_weights(shape))
+    done = internlm("export", url, tmp_path / "a", "--format", "internlm")
+    assert done.exit_code == 0, done.output
+    same = CliRunner().invoke(app, ["export", url, str(tmp_path / "b"), "--format", "internlm"])
+    assert done.output.replace("/a", "/b") == same.output
+    assert models.in_folder(tmp_path / "a") == models.in_folder(tmp_path / "b") != set()

@@ -28,7 +28,7 @@ from internlm_trainer.data.bin_format import (
     write_bin,
 )
 from internlm_trainer.data.block_cache import BlockCache
-from internlm_trainer.data.byte_ranges import LocalRanges, RemoteFile, RemoteRanges
+from internlm_trainer.data.byte_ranges import BlockMemory, LocalRanges, RemoteFile, RemoteRanges
 from internlm_trainer.errors import UserError
 from internlm_trainer.storage import join, open_fs
 
@@ -275,16 +275,20 @@ def test_ranges_are_read_alike_with_and_without_blocks(
     expected = [content[path][start:stop] for path, start, stop in ranges]
     found = {path: RemoteFile(len(file), "1") for path, file in content.items()}
     cache = data.draw(st.sampled_from([None, BlockCache(str(folder / "cache"), 1000)]))
-    blocks = RemoteRanges(
-        open_fs(str(folder))[0], found, cache, block_bytes=16, cached_bytes=64, ahead_bytes=100
-    )
+    memory = BlockMemory(block_bytes=16, cached_bytes=64, ahead_bytes=100)
+    blocks = RemoteRanges(open_fs(str(folder))[0], found, memory, cache)
     files = LocalRanges(max_open=1)
     for count in (len(ranges), 1, 2):
         for first in range(0, len(ranges), max(count, 1)):
             part = slice(first, first + count)
             blocks.prefetch(ranges[first : first + 2 * count])
             assert blocks.read(ranges[part]) == files.read(ranges[part]) == expected[part]
+        blocks.forget(ranges[::2])
+    assert len(memory.blocks) <= 4
+    blocks.forget(ranges)
+    assert memory.coming == {}
     blocks.close()
+    memory.close()
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -48,6 +48,20 @@ def test_samples_and_tokens_are_counted_by_group_and_length(
     assert len(found.examples) == 5
 
 
+def test_files_without_samples_are_shown_as_such(tmp_path: Path, write_samples: WriteSamples) -> None:
+    write_samples("en/a.bin", [])
+    found = inspect(str(tmp_path), full=True, examples=5)
+    assert [(g.name, g.files, g.samples, g.shortest, g.longest) for g in found.groups] == [("en", 1, 0, 0, 0)]
+    assert (found.histogram, found.checked, found.broken, found.examples) == ([], 0, [], [])
+    write_samples("en/b.bin", [[1, 2], [1, 2, 3]])
+    found = inspect(str(tmp_path), full=True, examples=5)
+    assert [(g.files, g.samples, g.shortest, g.longest) for g in found.groups] == [(2, 2, 2, 3)]
+    assert len(found.examples) == 5
+    done = CliRunner().invoke(app, ["data", "inspect", str(tmp_path / "en/a.bin")])
+    assert done.exit_code == 0, done.output
+    assert "0 tokens in 0 samples" in done.output
+
+
 def test_every_line_is_checked_only_if_that_is_asked_for(tmp_path: Path, write_samples: WriteSamples) -> None:
     url = Path(write_samples("x.bin", [[1, 5000 + n] for n in range(2000)]))
     assert inspect(str(tmp_path), full=True, vocab_size=7000).broken == []

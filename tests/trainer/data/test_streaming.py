@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import wait
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import numpy as np
 import pytest
+from fsspec.implementations.local import LocalFileSystem
 
 from internlm_trainer.config import CacheSpec, SourceSpec
 from internlm_trainer.data.bin_format import write_bin
 from internlm_trainer.data.block_cache import BlockCache
-from internlm_trainer.data.byte_ranges import RemoteRanges
-from internlm_trainer.data.loader import RowLoader
+from internlm_trainer.data.byte_ranges import BlockMemory, RemoteFile, RemoteRanges
+from internlm_trainer.data.loader import RowLoader, _Prepared
 from internlm_trainer.data.mapped import MappedArrays
 from internlm_trainer.storage import StorageUnreachableError, join, open_fs
 from trainer.conftest import FaultProxy, Minio
@@ -117,6 +120,86 @@ def test_steps_are_read_ahead_of_the_trainer(fault_proxy: FaultProxy, remote: st
     assert rows == rows_of(loader_of(corpus), 9)
 
 
+def busy_until_cancelled(step: list[_Prepared]) -> None:
+    """Keeps the thread that reads from the step, which was planned."""
+    end = time.monotonic() + 60
+    while not (step and step[0].result.cancelled()) and time.monotonic() < end:
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize("drop", ["skip", "ramp"])
+def test_rows_that_nobody_reads_any_more_take_no_room_of_those_read_ahead(
+    remote: str, corpus: str, drop: str
+) -> None:
+    loader, expected = loader_of(remote), loader_of(corpus)
+    memory = loader._cache.memory
+    memory._max_blocks = 1  # so that there is something to fetch
+    for count in range(4, 9):
+        rows = [row.tokens.tolist() for row in loader.next_step(count, range(count))]
+        assert rows == [row.tokens.tolist() for row in expected.next_step(count, range(count))]
+        wait([step.result for step in loader._prepared])
+        newest: list[_Prepared] = []
+        loader._reader.submit(busy_until_cancelled, newest)
+        loader.next_step(count, range(count))
+        expected.next_step(count, range(count))
+        newest.append(loader._prepared[-1])
+        wait([newest[0].plan])
+        assert memory.coming
+        if drop == "skip":
+            loader.skip(50)
+            expected.skip(50)
+        else:
+            loader._drop_prepared()  # as `next_step` does for another number of rows
+        assert memory.coming == {}
+    loader.close()
+
+
+def test_samples_that_are_known_already_take_no_room_of_those_read_ahead(remote: str, corpus: str) -> None:
+    """In the second epoch all of them are; blocks are not, where memory holds but one."""
+    loader = loader_of(remote)
+    memory = loader._cache.memory
+    memory._max_blocks = 1
+    steps = loader.sources[0].rows // 4 * 2
+    expected = loader_of(corpus)
+    for _ in range(steps):
+        assert [row.tokens.tolist() for row in loader.next_step(4, range(4))] == [
+            row.tokens.tolist() for row in expected.next_step(4, range(4))
+        ]
+    wait([step.result for step in loader._prepared])
+    assert memory.coming == {}
+    loader.close()
+
+
+class Waiting(LocalFileSystem):
+    """Serves parts of files when it is told to."""
+
+    go = Event()
+
+    def cat_file(self, path: str, start: int | None = None, end: int | None = None, **_: Any) -> bytes:
+        assert self.go.wait(60)
+        return bytes(super().cat_file(path, start=start, end=end))
+
+
+def test_all_sources_share_one_bound_and_the_threads(tmp_path: Path, remote: str) -> None:
+    memory, content = BlockMemory(block_bytes=16, ahead_bytes=160), os.urandom(1600)
+    sources = []
+    for number in range(3):
+        file = tmp_path / f"{number}"
+        file.write_bytes(content)
+        sources.append((RemoteRanges(Waiting(), {str(file): RemoteFile(1600, "")}, memory), str(file)))
+    for source, file in sources:
+        source.prefetch([(file, 0, 1600)])
+    assert len(memory.coming) == 10
+    Waiting.go.set()
+    for source, file in sources:
+        assert source.read([(file, 0, 1600)]) == [content]
+    assert memory.coming == {}
+    memory.close()
+    loader = RowLoader([SourceSpec(path=remote), SourceSpec(path=join(remote, "a.bin"))], **SETTINGS)
+    assert len({file.ranges._memory for source in loader.sources for file in source.files}) == 1  # type: ignore[attr-defined]
+    loader.close()
+
+
 def test_what_was_read_once_is_read_from_the_disk(
     fault_proxy: FaultProxy, remote: str, corpus: str, tmp_path: Path
 ) -> None:
@@ -209,6 +292,20 @@ def test_a_disk_that_fills_up_only_means_less_cache(
 ) -> None:
     assert rows_of(loader_of(remote, CacheSpec(path=str(disk), sizeGi=1))) == rows_of(loader_of(corpus))
     assert "takes no more blocks" in caplog.text
+
+
+@pytest.mark.parametrize("disk", ["8k"], indirect=True)
+def test_an_index_that_the_disk_has_no_room_for_is_held_in_memory(
+    corpus: str, disk: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    loader, expected = loader_of(corpus, CacheSpec(path=str(disk), sizeGi=1)), loader_of(corpus)
+    steps = 2 * expected.sources[0].rows // 4  # the second epoch has an index of its own
+    assert rows_of(loader, steps) == rows_of(expected, steps)
+    [told] = caplog.messages
+    assert re.fullmatch(
+        r"data.cache: .*/index has no room for the index \(.*\); going on with it in memory", told
+    )
+    assert not list(disk.rglob("*.tmp"))
 
 
 def test_mapped_arrays_are_made_once(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
+import signal
 import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -127,6 +128,24 @@ def test_a_folder_with_checkpoints_is_refused_that_are_those_of(
     before = steps(job.checkpoints)
     refused(job, sentence)
     assert steps(job.checkpoints) == before
+
+
+def test_a_job_whose_folder_another_one_is_training_into_is_refused_and_does_not_disturb_it(
+    tiny: Make, tmp_path: Path
+) -> None:
+    alone = {"processes": 1, "zero": (1, 1, 1), "training": {"steps": 100000}}
+    first = tiny(**alone, checkpoint={"everySteps": 100000})
+    run = first.alone()
+    run.wait_for("step 5/")
+    second = tiny(**alone, name="other", folder=tmp_path / "other")
+    second.checkpoint = {"path": str(first.checkpoints)}
+    refused(
+        second, rf"checkpoint\.path: {first.checkpoints} is in use by the job 'tiny' on .*, which is running"
+    )
+    run.process.send_signal(signal.SIGTERM)
+    assert run.end() == 75, run.log
+    assert run.message["reason"] == "Stopped"
+    assert steps(first.checkpoints) == [run.message["step"]]
 
 
 @pytest.mark.usefixtures("minio")

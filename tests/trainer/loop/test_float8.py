@@ -44,7 +44,7 @@ def test_it_learns_near_bf16_and_resumes_to_the_bit(
     assert run.end() == 0, run.log
     found = re.findall(r"fp8 beside bf16: loss ([+-][\d.]+)%, cosine of the gradients ([\d.]+)", run.log)
     assert len(found) == 3  # after steps 10, 20 and 30: the last one needs none
-    assert all(abs(float(loss)) < 1 and 0.95 < float(cosine) for loss, cosine in found)
+    assert all(abs(float(loss)) < 1 and float(cosine) > 0.95 for loss, cosine in found)
     learned = losses(run.log)
     assert learned[LAST] < learned[1] - 1
     exact = tiny(folder=tmp_path / "exact", zero=zero, **described())

@@ -62,7 +62,7 @@ class Folder:
     def __init__(self, url: str, patience: float = 60.0, what: str = WHAT) -> None:
         self.url, self.patience, self.what = url, patience, what
         with user_errors(url, what):
-            self.fs, self.root = open_fs(url)
+            self.fs, self.root = open_fs(url, retries=False)
         self.local = isinstance(self.fs, LocalFileSystem)
         protocols = {self.fs.protocol} if isinstance(self.fs.protocol, str) else set(self.fs.protocol)
         self.folders = not protocols & OBJECT_STORES

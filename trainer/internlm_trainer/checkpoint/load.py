@@ -52,11 +52,22 @@ def stored_steps(folder: Folder) -> tuple[list[int], list[int]]:
     """Steps with and without a manifest.  Whether the former verify is another question."""
     steps = sorted(s for s in map(parse_step, folder.names()) if s is not None)
     with ThreadPoolExecutor(READERS) as pool:
-        whole = list(pool.map(lambda step: MANIFEST in folder.names(step_name(step)), steps))
+        whole = list(pool.map(lambda step: is_committed(folder, step), steps))
     return (
         [step for step, there in zip(steps, whole, strict=True) if there],
         [step for step, there in zip(steps, whole, strict=True) if not there],
     )
+
+
+def is_committed(folder: Folder, step: int) -> bool:
+    """Whether the step has a manifest; one that a listing does not show yet is looked up by its name."""
+    if MANIFEST in folder.names(step_name(step)):
+        return True
+    try:
+        folder.size(step_name(step), MANIFEST)
+    except FileNotFoundError:
+        return False
+    return True
 
 
 def sizes(folder: Folder, name: str, shards: Iterable[ShardEntry]) -> Iterator[tuple[ShardEntry, int | None]]:

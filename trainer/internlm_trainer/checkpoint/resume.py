@@ -131,6 +131,7 @@ def _loaded(
         raise BadCheckpoint(step_name(step), "not all ranks read the same manifest")
     checkpoint = found[0]
     _together(world, lambda: load(checkpoint))
+    store.verified = step
     return checkpoint
 
 

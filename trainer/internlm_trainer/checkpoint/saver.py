@@ -34,7 +34,7 @@ from internlm_trainer.checkpoint.resume import Collective
 from internlm_trainer.checkpoint.snapshot import Snapshot
 from internlm_trainer.checkpoint.store import CheckpointStore
 from internlm_trainer.checkpoint.tensors import Piece
-from internlm_trainer.errors import StepFailed
+from internlm_trainer.errors import StepFailed, UserError
 
 log = logging.getLogger(__name__)
 
@@ -82,7 +82,8 @@ class Saver:
     """One rank's part in the saves of a job.  Its methods are called by all ranks at the same steps.
 
     `writes`: whether this rank holds a shard that no other rank writes.  `max_age`: seconds that the last good
-    checkpoint may be old when a save fails, before the job does.  `tell` is called on rank 0 when a save ends.
+    checkpoint may be old when a save fails, before the job does.  They count from the start of this attempt on, since
+    a job that was suspended has lost nothing.  `tell` is called on rank 0 when a save ends.
     """
 
     def __init__(
@@ -107,6 +108,8 @@ class Saver:
         self._failures = 0
         self._last_good = time.monotonic()
         self._why = self._given_up = ""
+        self._for_good = False  # given up so that another attempt would fare no better
+        self._fruitless = True  # no save of this attempt has become a checkpoint yet
         self.saved_step = -1  # of the last save that became a checkpoint, or the one resumed from
 
     def restore(self, checkpoint: Checkpoint, pieces: Iterable[Piece]) -> None:
@@ -178,20 +181,21 @@ class Saver:
     # The exchange of each step
 
     def report(self) -> tuple[int, int, int]:
-        """This rank's numbers: whether its part of the phase is done, whether the save has failed, and whether the
-        job is to be given up.  `heard` takes their sums."""
+        """This rank's numbers: whether its part of the phase is done, whether the save has failed, and whether this
+        attempt is to be given up, which rank 0 says: 1, or 2 for good.  `heard` takes their sums."""
         done = self._work is None or self._work.done()
         failed = self._phase is Phase.FINISHING and done and isinstance(self._result(), str)
         self._given_up = self._given_up or self._store.lost
-        return int(done), int(failed), int(bool(self._given_up))
+        return int(done), int(failed), int(bool(self._given_up)) + self._for_good
 
     def heard(self, done: int, failed: int, given_up: int) -> None:
         """The sums of all ranks' numbers: go on to the next phase where all are done.
 
-        Raises StepFailed, on all ranks, when a save has failed and the last good checkpoint is too old.
+        Raises on all ranks, when a save has failed and the last good checkpoint is too old: StepFailed, or UserError
+        where this attempt has saved nothing, so that another one would fail the same way.
         """
         if given_up:
-            raise StepFailed(self._one(self._given_up))
+            raise (UserError if given_up > 1 else StepFailed)(self._one(self._given_up))
         if done < self._world.size:
             return
         if self._phase is Phase.WRITING:
@@ -202,7 +206,10 @@ class Saver:
             self._end(bool(failed))
 
     def wait(self) -> str | None:
-        """Wait until no save is under way; why the last one failed, or None.  The same on all ranks."""
+        """Wait until no save is under way; why the last one failed, or None.  The same on all ranks.
+
+        Raises as `heard` does.
+        """
         began = time.monotonic()
         if self._phase is Phase.WRITING:
             self._finish_writing()
@@ -212,6 +219,7 @@ class Saver:
             _, failed, _ = self._world.total(*self.report())
             self._end(bool(failed))
             if failed:
+                self.heard(*self._world.total(*self.report()))
                 return self._one(self._why)
         return None
 
@@ -251,7 +259,7 @@ class Saver:
             self._stall += waited_from.elapsed_time(waited_to) / 1000
         if not failed:
             self.saved_step, self._failures = self._step, 0
-            self._last_good = now
+            self._last_good, self._fruitless = now, False
         if isinstance(result, CommittedCheckpoint):
             self.tell(Saved(result, now - self._began, self._stall))
         elif result:
@@ -260,9 +268,13 @@ class Saver:
     def _fail(self, why: str, age: float) -> None:
         self._failures += 1
         self._why = why
-        good = f"the last good checkpoint is {_since(self.saved_step, age)}"
-        if age > self._max_age:
+        good = self._last_good_in_words(age)
+        # What the store refused once, it may take the next time: a restart would only lose what was trained since.
+        if age > self._max_age and not (self._fruitless and self._failures == 1):
             self._given_up = f"{why}; {good}, and checkpoint.maxAgeSeconds allows {self._max_age:.0f} s"
+            if self._fruitless and not self._store.lost:
+                self._for_good = True
+                self._given_up += "; mend the store, or give another checkpoint.path"
         elif self._failures == 1:
             log.error("%s; training goes on", why)
         else:
@@ -275,10 +287,11 @@ class Saver:
             )
         self.tell(Failed(self._step, why, self._failures))
 
+    def _last_good_in_words(self, age: float) -> str:
+        if not self._fruitless:
+            return f"the last good checkpoint is that of step {self.saved_step}, {age:.0f} s old"
+        return f"nothing was saved in the {age:.0f} s since step {max(self.saved_step, 0)}, where this attempt began"
+
     def _one(self, sentence: str) -> str:
         """The sentence of the rank that has one."""
         return self._world.agree([sentence] if sentence else [])[0]
-
-
-def _since(step: int, age: float) -> str:
-    return f"that of step {step}, {age:.0f} s old" if step >= 0 else f"still to come after {age:.0f} s"

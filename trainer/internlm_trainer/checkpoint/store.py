@@ -32,6 +32,7 @@ from internlm_trainer.checkpoint.format import (
 from internlm_trainer.checkpoint.load import (
     Checkpoint,
     CommittedCheckpoint,
+    is_committed,
     open_checkpoint,
     read_back,
     sizes,
@@ -61,6 +62,8 @@ class Image(Protocol):
 class CheckpointStore:
     """The checkpoints of job `job` below `url`: the newest `keep` of them, and one in `keep_every` steps for ever.
 
+    The one that the job resumed from stays besides, until one is known to be whole that is newer.
+
     `model`: the fingerprint of the model's shape, JSON values.  `patience`: seconds for which requests are
     tried again while the store fails.  `verify`: whether each shard is read back before the checkpoint counts.
     """
@@ -82,6 +85,7 @@ class CheckpointStore:
         self.writer = ""  # that has a part in the names of its shards, so that no other run overwrites them
         self._owner: Ownership | None = None
         self.refused: set[int] = set()  # steps that did not verify when this job resumed
+        self.verified: int | None = None  # the newest step whose bytes came back as they were written
 
     # Owning
 
@@ -154,6 +158,8 @@ class CheckpointStore:
             self.folder.put(step_name(step), MANIFEST, data=data)
         self._remove_others(step, shards)
         self.refused.discard(step)
+        if self.verify:
+            self.verified = step
         self._remove_superseded(step)
         total = len(data) + sum(entry.bytes for entry in shards)
         return CommittedCheckpoint(
@@ -186,7 +192,7 @@ class CheckpointStore:
         """
         try:
             self._check_owned()
-            if MANIFEST not in self.folder.names(step_name(step)):
+            if not is_committed(self.folder, step):
                 self.folder.remove_folder(step_name(step))
         except (WriteFailed, StorageUnavailable, UserError) as error:
             log.warning("what is left of %s could not be removed: %s", step_name(step), error)
@@ -196,7 +202,9 @@ class CheckpointStore:
         try:
             self._check_owned()
             committed, unfinished = stored_steps(self.folder)
-            for step in superseded(committed, unfinished, newest, self.keep, self.keep_every, self.refused):
+            for step in superseded(
+                committed, unfinished, newest, self.keep, self.keep_every, self.refused, self.verified
+            ):
                 # The manifest first: from here on the checkpoint does not exist.
                 self.folder.remove(step_name(step), MANIFEST)
                 self.folder.remove_folder(step_name(step))

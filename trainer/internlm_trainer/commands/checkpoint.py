@@ -1,4 +1,4 @@
-"""`internlm checkpoint ls|verify|diff`: checkpoints in any store, without the job that wrote them."""
+"""`internlm checkpoint ls|verify|diff|export`: checkpoints in any store, without the job that wrote them."""
 
 from __future__ import annotations
 
@@ -10,13 +10,14 @@ import typer
 from rich.filesize import decimal
 from rich.table import Table
 
+from internlm_trainer.commands import weights
 from internlm_trainer.commands.common import bar, print_json, sentences, show, store_errors
 from internlm_trainer.errors import UserError
 
 if TYPE_CHECKING:
     from internlm_trainer.checkpoint import Checkpoint
 
-app = typer.Typer(help="List, verify and compare checkpoints.", no_args_is_help=True)
+app = typer.Typer(help="List, verify, compare and export checkpoints.", no_args_is_help=True)
 
 EXIT_DIFFERENT = 1  # as diff says it
 
@@ -139,3 +140,6 @@ def diff(
         typer.echo("no difference")
     if found:
         raise typer.Exit(EXIT_DIFFERENT)
+
+
+app.command("export")(weights.export)

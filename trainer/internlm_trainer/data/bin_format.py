@@ -22,7 +22,13 @@ from numpy.typing import NDArray
 
 from internlm_trainer.config import CacheSpec
 from internlm_trainer.data.block_cache import BlockCache
-from internlm_trainer.data.byte_ranges import ByteRanges, LocalRanges, RemoteFile, RemoteRanges
+from internlm_trainer.data.byte_ranges import (
+    BlockMemory,
+    ByteRanges,
+    LocalRanges,
+    RemoteFile,
+    RemoteRanges,
+)
 from internlm_trainer.data.mapped import MappedArrays
 from internlm_trainer.errors import DataError, UserError
 from internlm_trainer.storage import is_local, join, open_fs, stamp_of, user_errors, write_whole
@@ -37,10 +43,11 @@ _PARSED_BYTES = 256 << 10
 
 @dataclass(frozen=True)
 class LocalCache:
-    """What `data.cache` keeps on this machine's disk, if it is asked for."""
+    """What is kept of data here: in memory and, if `data.cache` asks for it, on this machine's disk."""
 
     blocks: BlockCache | None = None
     arrays: MappedArrays = field(default_factory=lambda: MappedArrays(None))
+    memory: BlockMemory = field(default_factory=BlockMemory)
 
 
 def open_cache(spec: CacheSpec | None) -> LocalCache:
@@ -225,9 +232,10 @@ def open_bins(url: str, field: str, cache: LocalCache | None = None) -> list[Bin
         fs, path = open_fs(url)
         found = _list_bins(fs, path, url, field)
         bins = sorted(name for name in found if name.endswith(".bin"))
-        ranges: ByteRanges = (
-            LocalRanges() if is_local(url) else RemoteRanges(fs, {n: found[n] for n in bins}, cache.blocks)
-        )
+        ranges: ByteRanges = LocalRanges()
+        if not is_local(url):
+            once, _ = open_fs(url, retries=False)
+            ranges = RemoteRanges(once, {n: found[n] for n in bins}, cache.memory, cache.blocks)
         files: list[BinFile] = []
         for name, content in _read_all(fs, [name + ".meta" for name in bins]):
             name = name.removesuffix(".meta")

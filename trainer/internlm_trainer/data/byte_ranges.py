@@ -22,8 +22,8 @@ log = logging.getLogger(__name__)
 _READERS = 16
 _TELL_SECONDS = 10.0
 
-_Block = tuple[str, int]
-"""(path, number)"""
+_Block = tuple["RemoteRanges", str, int]
+"""(whose, path, number)"""
 Range = tuple[str, int, int]
 """(path, first byte, one after the last byte)"""
 
@@ -37,6 +37,10 @@ class ByteRanges(Protocol):
 
     def prefetch(self, ranges: Sequence[Range]) -> None:
         """Begin to fetch what `read` will be asked for, if that takes time."""
+        ...
+
+    def forget(self, ranges: Sequence[Range]) -> None:
+        """Let go of what `prefetch` was asked for and `read` was not, or will not be."""
         ...
 
     def stop(self) -> None:
@@ -64,6 +68,9 @@ class LocalRanges:
 
     def prefetch(self, ranges: Sequence[Range]) -> None:
         """Nothing: the system reads ahead."""
+
+    def forget(self, ranges: Sequence[Range]) -> None:
+        """Nothing."""
 
     def stop(self) -> None:
         """Nothing: no read waits for long."""
@@ -104,44 +111,63 @@ class RemoteFile(NamedTuple):
     stamp: str
 
 
+class BlockMemory:
+    """Blocks of remote files in memory, and the threads that fetch them: one for all sources that a process reads.
+
+    The last used ones stay, up to `cached_bytes`; those fetched ahead of `read` take up to `ahead_bytes` more.
+    """
+
+    def __init__(
+        self, *, block_bytes: int = 256 << 10, cached_bytes: int = 64 << 20, ahead_bytes: int = 128 << 20
+    ) -> None:
+        self.block_bytes = block_bytes
+        self.max_ahead = ahead_bytes // block_bytes
+        self._max_blocks = max(cached_bytes // block_bytes, 1)
+        self.blocks: OrderedDict[_Block, bytes] = OrderedDict()
+        self.coming: dict[_Block, Future[bytes]] = {}
+        self.lock = Lock()
+        self.pool = ThreadPoolExecutor(_READERS, thread_name_prefix="blocks")
+
+    def keep(self, blocks: Mapping[_Block, bytes]) -> None:
+        """These were used last.  To be called with the lock."""
+        for block, content in blocks.items():
+            self.blocks[block] = content
+            self.blocks.move_to_end(block)
+        while len(self.blocks) > self._max_blocks:
+            self.blocks.popitem(last=False)
+
+    def close(self) -> None:
+        """End the threads."""
+        self.pool.shutdown(wait=False, cancel_futures=True)
+
+
 class RemoteRanges:
     """Ranged reads through fsspec, in blocks of which the last used stay in memory and, with a `cache`, on disk.
 
     Samples are read in random order.  Blocks keep a small corpus of many short samples from being asked for
     line by line, and all blocks that a call lacks are asked for at the same time.  A read that fails is tried again
-    for `patience` seconds.
+    for `patience` seconds, so `fs` need not.
     """
 
     patience = 60.0
 
     def __init__(
-        self,
-        fs: Any,
-        files: Mapping[str, RemoteFile],
-        cache: BlockCache | None = None,
-        *,
-        block_bytes: int = 256 << 10,
-        cached_bytes: int = 64 << 20,
-        ahead_bytes: int = 128 << 20,
+        self, fs: Any, files: Mapping[str, RemoteFile], memory: BlockMemory, cache: BlockCache | None = None
     ) -> None:
-        self._fs, self._files, self._cache = fs, files, cache
-        self._block_bytes = block_bytes
-        self._max_blocks = max(cached_bytes // block_bytes, 1)
-        self._max_ahead = ahead_bytes // block_bytes
-        self._blocks: OrderedDict[_Block, bytes] = OrderedDict()
-        self._coming: dict[_Block, Future[bytes]] = {}
-        self._lock = Lock()
+        self._fs, self._files, self._memory, self._cache = fs, files, memory, cache
+        self._block_bytes = memory.block_bytes
         self._stopped = Event()
         self._told = -math.inf
-        self._pool = ThreadPoolExecutor(_READERS, thread_name_prefix="blocks")
 
     def prefetch(self, ranges: Sequence[Range]) -> None:
         """Begin to fetch what `read` will be asked for, as far as there is room for it.  Returns at once."""
-        with self._lock:
-            for block in self._missing(ranges):
-                if len(self._coming) >= self._max_ahead:
+        memory = self._memory
+        with memory.lock:
+            for block in self._wanted(ranges):
+                if len(memory.coming) >= memory.max_ahead:
                     return
-                self._coming[block] = self._pool.submit(self._fetch, block)
+                if block not in memory.blocks and block not in memory.coming:
+                    memory.coming[block] = memory.pool.submit(self._fetch, block)
 
     def read(self, ranges: Sequence[Range]) -> list[bytes]:
         """The bytes of each range; fewer where the file is shorter.
@@ -149,41 +175,50 @@ class RemoteRanges:
         Raises StorageUnreachableError if the store does not answer in time, other UserErrors for what only the user
         can mend.
         """
-        with self._lock:
+        memory, wanted = self._memory, self._wanted(ranges)
+        with memory.lock:
+            found = {block: memory.blocks[block] for block in wanted if block in memory.blocks}
             coming = {
-                block: self._coming.pop(block)
-                if block in self._coming
-                else self._pool.submit(self._fetch, block)
-                for block in self._missing(ranges, known=False)
+                block: memory.coming.pop(block)
+                if block in memory.coming
+                else memory.pool.submit(self._fetch, block)
+                for block in wanted
+                if block not in found
             }
-        for block, future in coming.items():
-            self._blocks[block] = future.result()
+        found |= {block: future.result() for block, future in coming.items()}
+        with memory.lock:
+            memory.keep({block: found[block] for block in wanted})
         parts = []
         for path, start, stop in ranges:
             blocks = list(self._blocks_of((path, start, stop)))
-            content = b"".join(self._blocks[block] for block in blocks)
-            first = blocks[0][1] * self._block_bytes if blocks else 0
+            content = b"".join(found[block] for block in blocks)
+            first = blocks[0][2] * self._block_bytes if blocks else 0
             parts.append(content[start - first : stop - first])
-        with self._lock:
-            for part in ranges:
-                for block in self._blocks_of(part):
-                    self._blocks.move_to_end(block)
-            while len(self._blocks) > self._max_blocks:
-                self._blocks.popitem(last=False)
         return parts
 
-    def _missing(self, ranges: Sequence[Range], known: bool = True) -> list[_Block]:
-        """Blocks that are not in memory, nor, where such are `known`, on their way; each once."""
-        wanted = dict.fromkeys(block for part in ranges for block in self._blocks_of(part))
-        return [b for b in wanted if b not in self._blocks and not (known and b in self._coming)]
+    def forget(self, ranges: Sequence[Range]) -> None:
+        """Let go of what `prefetch` was asked for and `read` was not, or will not be.
+
+        What has come already counts as used, since a neighbour may want it.
+        """
+        memory = self._memory
+        with memory.lock:
+            left = {b: memory.coming.pop(b) for b in self._wanted(ranges) if b in memory.coming}
+            come = {block: future for block, future in left.items() if not future.cancel() and future.done()}
+            memory.keep({block: future.result() for block, future in come.items() if not future.exception()})
+
+    def _wanted(self, ranges: Sequence[Range]) -> list[_Block]:
+        """The blocks of the ranges, each once."""
+        return list(dict.fromkeys(block for part in ranges for block in self._blocks_of(part)))
 
     def _blocks_of(self, part: Range) -> Iterable[_Block]:
         path, start, stop = part
         stop = min(stop, self._files[path].size)
-        return ((path, index) for index in range(start // self._block_bytes, -(-stop // self._block_bytes)))
+        numbers = range(start // self._block_bytes, -(-stop // self._block_bytes))
+        return ((self, path, number) for number in numbers)
 
     def _fetch(self, block: _Block) -> bytes:
-        path, index = block
+        _, path, index = block
         size, stamp = self._files[path]
         key = f"{path}\0{size}\0{stamp}\0{self._block_bytes}\0{index}"
         content = self._cache.get(key) if self._cache else None
@@ -225,6 +260,5 @@ class RemoteRanges:
         self._stopped.set()
 
     def close(self) -> None:
-        """End the threads."""
+        """Nothing more than `stop`: the threads are the memory's."""
         self.stop()
-        self._pool.shutdown(wait=False, cancel_futures=True)

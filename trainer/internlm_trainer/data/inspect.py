@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from internlm_trainer.data.bin_format import BinFile, Ids, open_bins, parse_samples
+from internlm_trainer.data.bin_format import BinFile, Ids, LocalCache, open_bins, parse_samples
 from internlm_trainer.data.progress import Report, TextProgress, silent
 from internlm_trainer.errors import UserError
 from internlm_trainer.storage import join, open_fs, user_errors
@@ -101,10 +101,11 @@ def _open(url: str) -> tuple[list[BinFile], list[str]]:
             raise
     files: list[BinFile] = []
     broken: list[str] = []
+    cache = LocalCache()
     for name in names:
         inner = name.removeprefix(path.rstrip("/")).strip("/")
         try:
-            files += [_named(file, inner) for file in open_bins(join(url, inner), "path")]
+            files += [_named(file, inner) for file in open_bins(join(url, inner), "path", cache)]
         except UserError as error:
             broken.append(str(error).removeprefix("path: "))
     return files, broken
@@ -125,9 +126,10 @@ def _groups(files: Sequence[BinFile]) -> list[Group]:
     groups: dict[str, Group] = {}
     for file in files:
         group = groups.setdefault(group_of(file.name), Group(group_of(file.name)))
-        shortest, longest = int(file.lengths.min()), int(file.lengths.max())
-        group.shortest = min(group.shortest, shortest) if group.files else shortest
-        group.longest = max(group.longest, longest)
+        if len(file.lengths):
+            shortest, longest = int(file.lengths.min()), int(file.lengths.max())
+            group.shortest = min(group.shortest, shortest) if group.samples else shortest
+            group.longest = max(group.longest, longest)
         group.files += 1
         group.samples += len(file.lengths)
         group.tokens += file.tokens
@@ -175,7 +177,7 @@ def _wrong(file: BinFile, samples: Sequence[int], vocab_size: int) -> list[str]:
 def _examples(files: Sequence[BinFile], count: int, random: np.random.Generator) -> Iterator[tuple[str, Ids]]:
     """Samples drawn evenly from all, those that cannot be read left out."""
     ends = np.cumsum([len(file.lengths) for file in files])
-    for number in random.integers(ends[-1], size=count).tolist() if files else []:
+    for number in random.integers(ends[-1], size=count).tolist() if any(ends) else []:
         place = int(np.searchsorted(ends, number, side="right"))
         file, sample = files[place], number - int(ends[place - 1] if place else 0)
         (line,) = file.ranges.read([file.byte_range(sample)])

@@ -84,9 +84,9 @@ class RowLoader:
         self._specs = list(sources)
         self._row_tokens, self._seq_len, self._packing = row_tokens, seq_len, packing
         self._seed, self._vocab_size, self._min_length = seed, vocab_size, min_length
-        local = open_cache(cache)
+        self._cache = open_cache(cache)
         self.sources = [
-            open_source(spec.path, row_tokens, seed, f"{field}[{index}].path", min_length, local)
+            open_source(spec.path, row_tokens, seed, f"{field}[{index}].path", min_length, self._cache)
             for index, spec in enumerate(self._specs)
         ]
         self._taken: tuple[int, ...] = (0,) * len(self.sources)
@@ -131,9 +131,7 @@ class RowLoader:
         def plan() -> _Plan:
             made = self._plan(after.plan.result().after if after else taken, rows, take)
             for number, source in enumerate(self.sources):
-                source.prefetch(
-                    [(file, s) for of, file, samples, _ in made.cuts if of == number for s in samples]
-                )
+                source.prefetch(_samples_of(made.cuts, number))
             return made
 
         planned = self._planner.submit(plan)
@@ -209,14 +207,19 @@ class RowLoader:
             worker.shutdown(wait=True, cancel_futures=True)
         for source in self.sources:
             source.close()
+        self._cache.memory.close()
 
     def _drop_prepared(self) -> None:
         """Forget the prepared steps; waits for them, since their threads and this one share files and caches."""
-        futures: list[Future[Any]] = [f for step in self._prepared for f in (step.result, step.plan)]
+        dropped = list(self._prepared)
         self._prepared.clear()
+        futures: list[Future[Any]] = [f for step in dropped for f in (step.result, step.plan)]
         for future in futures:
             future.cancel()
         wait(futures)
+        for step in dropped:
+            if not step.plan.cancelled() and not step.plan.exception():
+                self._forget(step.plan.result().cuts)
 
     def _plan(self, taken: tuple[int, ...], rows: int, take: Sequence[int]) -> _Plan:
         """The step of `rows` rows that comes when `taken` rows of each source are."""
@@ -233,10 +236,16 @@ class RowLoader:
     def _read(self, cuts: Sequence[_Cut]) -> list[Row]:
         wanted = dict.fromkeys((number, file, s) for number, file, samples, _ in cuts for s in samples)
         found = self._samples.get_many(wanted, self._read_samples)
+        self._forget(cuts)  # samples that were here already had been asked for all the same
         return [
             pack([found[number, file, s] for s in samples], parts, self._seq_len, self._packing, number)
             for number, file, samples, parts in cuts
         ]
+
+    def _forget(self, cuts: Sequence[_Cut]) -> None:
+        """Keep no more room for what was fetched ahead for these."""
+        for number, source in enumerate(self.sources):
+            source.forget(_samples_of(cuts, number))
 
     def _read_samples(self, keys: list[_Key]) -> list[Ids]:
         """The samples (source, file, number in the file), each source's with one read."""
@@ -287,6 +296,11 @@ def validation_rows(
         return loader.read(list(_places(loader.sources, (0,) * len(sources), order, mine)))
     finally:
         loader.close()
+
+
+def _samples_of(cuts: Iterable[_Cut], source: int) -> list[tuple[int, int]]:
+    """The samples (file, number in the file) of a source that the cuts need."""
+    return [(file, sample) for of, file, samples, _ in cuts if of == source for sample in samples]
 
 
 def _places(

@@ -101,6 +101,11 @@ class Source:
         if samples:
             self.files[0].ranges.prefetch([self.files[file].byte_range(number) for file, number in samples])
 
+    def forget(self, samples: Sequence[tuple[int, int]]) -> None:
+        """Let go of samples that `prefetch` was asked for and `read` was not, or will not be."""
+        if samples:
+            self.files[0].ranges.forget([self.files[file].byte_range(number) for file, number in samples])
+
     def read(self, samples: Sequence[tuple[int, int]], vocab_size: int) -> list[Ids]:
         """The ids of whole samples (file, number in the file), checked against meta and vocabulary."""
         if not samples:
