@@ -23,6 +23,7 @@ HEALTHS = (NodeHealth(), NodeHealth(ready=False), NodeHealth(fault="taint bad"),
 DISRUPTIONS = ("EvictionByEvictionAPI", "PreemptionByScheduler", "DeletionByTaintManager")
 FOUND = json.dumps({"reason": "Completed", "results": [["perplexity", "byte_perplexity", 2.5]]})
 REFUSALS = (
+    None,
     Refusal(403, "exceeded quota"),
     Refusal(409, "exists", "Service"),
     Refusal(422, "ValidatingAdmissionPolicy 'night' denied request: no GPUs"),
@@ -180,6 +181,14 @@ class Happenings(RuleBasedStateMachine):
         times = {"loadSeconds": seconds, "checkpointStallSeconds": seconds // 2}
         self.world.tell(make_report(attempt, step, startStep=start, checkpoint=found, **times))
 
-    @rule(refusal=st.none() | st.sampled_from(REFUSALS))
+    @rule(back=st.integers(1, 100))
+    def the_newest_checkpoint_proves_damaged(self, back: int) -> None:
+        """An attempt begins from an earlier one, or afresh."""
+        known, number = self.world.status.get("checkpoint"), max(self.attempts(), default=0)
+        if known and number and number not in self.starts:
+            start = max(0, known["step"] - back)
+            self.a_report_comes(number, start, start, start or None, 0)
+
+    @rule(refusal=st.sampled_from(REFUSALS))
     def the_server_refuses_pods_or_not(self, refusal: Refusal | None) -> None:
         self.world.refused = refusal

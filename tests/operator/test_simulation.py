@@ -143,17 +143,6 @@ class JobLife(Happenings):
             world.wait(plan.wake_after or 0)
         self.all_workers_start()
 
-    @rule(step=st.integers(1, 400), back=st.integers(0, 100))
-    def a_gang_saves_and_fails_and_the_next_begins_there_or_before(self, step: int, back: int) -> None:
-        for start, found in ((0, step), (step - back, step - back)):
-            self.a_gang_comes_to_run()
-            number = max(self.attempts(), default=0)
-            if number and found > 0:
-                self.a_report_comes(number, start, found, found, 0)
-                self.caches_catch_up()
-                self.operator_steps(None)
-                self.a_worker_crashes(0, 1)
-
     # The user
 
     @rule(is_known=st.booleans())
