@@ -27,7 +27,7 @@ def described(**fp8: Any) -> dict[str, Any]:
 
 def resumed(make: Make, whole: TinyJob, folder: Path, **fp8: Any) -> tuple[TinyJob, Running]:
     """The job, gone on from the checkpoint before the last one."""
-    job = make(folder=folder, **described(**fp8))
+    job = make(folder=folder, zero=whole.zero, **described(**fp8))
     shutil.copytree(whole.checkpoints, job.checkpoints)
     shutil.rmtree(job.checkpoints / f"step-{LAST:08d}")
     run = job.torchrun()
