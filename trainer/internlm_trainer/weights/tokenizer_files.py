@@ -131,7 +131,8 @@ def tokenizer_files(tokenizer: Tokenizer, context: int) -> Iterator[tuple[str, b
         "pad_token": model.pieces[tokenizer.eos].text,
         "clean_up_tokenization_spaces": False,
         "model_max_length": context,
-        "model_input_names": ["input_ids", "attention_mask"],  # Transformers 4 adds token types, which Llama refuses
+        # Transformers 4 adds token types, which Llama refuses.
+        "model_input_names": ["input_ids", "attention_mask"],
     }
     if template := chat_template(tokenizer):
         config["chat_template"] = template
